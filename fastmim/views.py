@@ -16,7 +16,7 @@ Interpolation = Literal["bicubic", "bilinear"]
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """One image per sample: a random resized crop of `size` (H, W) pixels, flipped with probability `flip`."""
+    """One image per sample: a random crop, resized to `size` (H, W) pixels and flipped at random."""
 
     size: tuple[int, int]
     scale: tuple[float, float] = (0.2, 1.0)  # fraction of the image's area

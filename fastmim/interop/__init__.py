@@ -1,0 +1,1 @@
+"""Weights in and out: the MAE checkpoint layout, timm's ViT keys."""

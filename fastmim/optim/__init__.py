@@ -1,0 +1,61 @@
+"""Optimizers by name, and the numbers that configure them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from fastmim.optim.apex import apex_adamw
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    name: Literal["adamw", "deepspeed", "apex"] = "adamw"
+    """adamw: torch's fused AdamW; deepspeed, apex: the FusedAdam of DeepSpeed or of NVIDIA's apex"""
+    blr: float = 1.5e-4
+    """Base learning rate: the rate is blr * batch / 256"""
+    lr: float | None = None
+    """Absolute learning rate; overrides blr"""
+    min_lr: float = 0.0
+    """Learning rate at the end of the cosine"""
+    warmup_epochs: float = 40.0
+    """Linear warm-up; shortened to a fifth of the run, and said so, where it would not fit"""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the two moments"""
+    eps: float = 1e-8
+    """Added to the denominator"""
+    weight_decay: float = 0.05
+    """Decoupled; not applied to tensors of one dimension and biases"""
+    layer_decay: float = 1.0
+    """Factor of the learning rate from one encoder block to the one below it"""
+    clip: float = 0.0
+    """Largest global gradient norm; 0 clips nothing, as MAE"""
+
+    def __post_init__(self) -> None:
+        for name in ("blr", "min_lr", "warmup_epochs", "eps", "weight_decay", "clip"):
+            if getattr(self, name) < 0:
+                flag = name.replace("_", "-")
+                raise ValueError(f"optim.{flag}: want 0 or more, got {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas: want two numbers in [0, 1), got {self.betas}")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"optim.layer-decay: want a factor in (0, 1], got {self.layer_decay}")
+
+    def peak_lr(self, batch: int) -> float:
+        """Learning rate after warm-up for an effective batch of this many images."""
+        return self.blr * batch / 256 if self.lr is None else self.lr
+
+
+def torch_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    """torch's AdamW, fused into one pass over the parameters, on CPU as on CUDA."""
+    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+
+
+OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], OptimConfig], torch.optim.Optimizer]] = {
+    "adamw": torch_adamw,
+    "apex": apex_adamw,
+    # "deepspeed" is made by DeepSpeed itself: fastmim.engine.deepspeed asks for it in its dictionary
+}

@@ -1,0 +1,62 @@
+# Two commands: `make train` and `make test`. Each sets up all that it needs and may be run again at any time.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+ARGS ?=
+
+.PHONY: help setup train test lint format golden pins clean
+
+help:
+	@echo "make train   install into $(VENV) and train R-MAE on the embedded sample set (ARGS='--steps 50' adds flags)"
+	@echo "make test    install into $(VENV) and run all tests (ARGS='-k rmae' selects)"
+	@echo "make lint    ruff, import contracts, mypy"
+	@echo "make format  ruff format and the fixes it knows"
+	@echo "make golden  record the golden losses anew, after a change that is meant to change results"
+	@echo "make pins    write constraints.txt from what is installed"
+	@echo "make clean   remove $(VENV) and caches"
+
+setup: $(READY)
+
+# The stamp is written last, so an interrupted installation is taken up again. A $(VENV) without a working
+# interpreter (moved, or left half made) is made anew.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"fastmim wants Python 3.11 to 3.13, got {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); }
+	$(BIN)/python -m pip install -q -c constraints.txt torch numpy
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[engine,dev]'
+	@touch $@
+
+# $(READY) outlives a deleted interpreter: look before every use
+.PHONY: alive
+alive:
+	@$(BIN)/python -c 'import torch, fastmim' >/dev/null 2>&1 || rm -f $(READY)
+	@$(MAKE) --no-print-directory setup
+
+train: alive
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed fastmim/train.py --method rmae $(ARGS)
+
+test: alive
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: alive
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+format: alive
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+golden: alive
+	@for method in $$($(BIN)/python -c 'from fastmim.methods import METHODS; print(*METHODS)'); do \
+	  $(BIN)/python tests/losses/golden.py $$method --write; done
+
+pins: alive
+	@{ head -1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | grep -vi '^fastmim\|^-e' | sed 's/+.*//'; } > constraints.new
+	@mv constraints.new constraints.txt
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

@@ -1,0 +1,77 @@
+"""The contract of the decoders: requests go in, micro-batches of views come out in the same order.
+
+A decoder holds up to `depth` requests and works on them while the caller does something else. It decides
+nothing: boxes and flips come with the request.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmim.views import View
+
+DecoderName = Literal["dali", "pillow"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One micro-batch of B encoded images, with a box and a flip for each crop."""
+
+    data: list[bytes]
+    boxes: dict[int, np.ndarray]  # crop -> int32 [B, 4], (top, left, height, width) in pixels
+    flips: dict[int, np.ndarray]  # crop -> bool [B]
+
+
+class Rejected(Exception):
+    """The oldest request cannot be decoded. The decoder forgot all requests: repair, submit again."""
+
+    def __init__(self, slots: dict[int, str]):
+        super().__init__(f"{len(slots)} undecodable images")
+        self.slots = slots  # slot -> reason; at least one, perhaps not yet all
+
+
+class Decoder(Protocol):
+    def submit(self, request: Request) -> None:
+        """Queue a request behind those in the decoder, of which there must be fewer than `depth`."""
+
+    def result(self) -> tuple[Tensor, ...]:
+        """Views of the oldest request, uint8 `[B, H, W, C]`; the caller owns them. Needs `depth` in it.
+
+        Rejected if images of it cannot be decoded.
+        """
+
+    def close(self) -> None:
+        """Give up threads and memory."""
+
+
+def make_decoder(
+    name: DecoderName,
+    views: Sequence[View],
+    *,
+    batch: int,
+    channels: int,
+    threads: int,
+    depth: int,
+    device: torch.device,
+) -> Decoder:
+    """The decoder called `name`. ValueError if it is not installed: another one is never taken instead."""
+    if channels not in (1, 3):
+        raise ValueError(f"want 1 (grey) or 3 (RGB) channels of an image file, got {channels}")
+    if name == "pillow":
+        from fastmim.data.pillow import PillowDecoder
+
+        return PillowDecoder(
+            views, batch=batch, channels=channels, threads=threads, depth=depth, device=device
+        )
+    try:
+        from fastmim.data.dali import DaliDecoder
+    except ImportError as error:
+        raise ValueError(
+            f"the decoder dali needs the package nvidia-dali-cuda130, which cannot be imported ({error});"
+            " install it or choose --data.decoder pillow"
+        ) from None
+    return DaliDecoder(views, batch=batch, channels=channels, threads=threads, depth=depth, device=device)

@@ -1,0 +1,248 @@
+"""Checkpoints that are complete or invisible, on all ranks together.
+
+    folder/latest              which one to resume from: a name, and the name's SHA-256
+    folder/step-00001234/      one checkpoint; `.1`, `.2` follow the name if that step is saved again
+    folder/.tmp-*  .trash-*    half-written and half-removed: never looked at, cleared by the next save
+
+Save    every rank writes into .tmp-step-N -> fsync -> every rank's success -> manifest.json -> rename to
+        step-N -> fsync of the folder -> `latest` replaced -> only then prune. Whatever kills it at whatever
+        point leaves the last one or the new one, whole.
+Find    rank 0 decides, all ranks follow. What does not match its checksums is named and passed over.
+        Steps without a pointer are not a fresh start, and steps of which none is whole are an error.
+Limits  one folder that all ranks see, one run at a time in it. A rename must be atomic there.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastmim.engine.ranks import RankError, Ranks
+
+log = logging.getLogger("fastmim")
+T = TypeVar("T")
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+POINTER = "latest"
+THREADS = 8  # for fsync and SHA-256, both of which release the GIL
+NEARLY_FULL = 1 << 20  # bytes: a write that fails with less than this left failed for want of room
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be saved, found whole, or used by this run."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint: its files are under `path`, as `write` wrote them."""
+
+    step: int
+    path: Path
+    world: int  # ranks of the run that wrote it
+    facts: dict[str, Any]
+
+    def check_facts(self, expected: dict[str, Any], *, allow: Collection[str] = ()) -> list[str]:
+        """Compare with this run's facts; the differences that `allow` lets pass are returned as text.
+
+        `allow` holds dotted names; `data` covers `data.path`. Raises CheckpointError with all the others.
+        """
+        theirs, ours = _flat(self.facts), _flat(json.loads(json.dumps(expected)))
+        allowed, refused = [], []
+        for name in sorted(theirs.keys() | ours.keys()):
+            if theirs.get(name) != ours.get(name):
+                line = f"{name}: checkpoint has {theirs.get(name)}, this run has {ours.get(name)}"
+                passes = any(name == a or name.startswith(f"{a}.") for a in allow)
+                (allowed if passes else refused).append(line)
+        if refused:
+            lines = "\n  ".join(refused)
+            raise CheckpointError(f"{self.path} was saved by a run that differs from this one:\n  {lines}")
+        return allowed
+
+
+class Checkpoints:
+    """The checkpoints of one run under `folder`, of which the newest `keep` stay. All calls are collective."""
+
+    def __init__(self, folder: Path, ranks: Ranks, *, keep: int = 2):
+        if keep < 1:
+            raise ValueError(f"want keep >= 1, got {keep}")
+        self.folder, self.ranks, self.keep = Path(folder), ranks, keep
+
+    # --- save ------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        step: int,
+        write: Callable[[Path], None],
+        *,
+        facts: dict[str, Any],
+        need_bytes: int | None = None,
+    ) -> Path:
+        """Save what every rank's `write(folder)` writes; the path of the new checkpoint.
+
+        `facts` are rank 0's, of JSON types. `need_bytes` is the size of the whole checkpoint over all
+        ranks, if known: without that much room nothing is begun. Raises CheckpointError on all ranks if
+        anything failed on any; the last good checkpoint is then what it was. `write` must not leave
+        other ranks waiting in a collective when it raises.
+        """
+        if step < 0:
+            raise ValueError(f"want step >= 0, got {step}")
+        tmp = self.folder / f".tmp-{_name((step, 0))}"
+        doing = f"saving step {step} to {self.folder}"
+        explained = partial(_explain_full_disk, tmp, need_bytes)
+        try:
+            self._from_main(lambda: explained(lambda: self._make(tmp, facts, need_bytes)), doing)
+            self._together(lambda: explained(lambda: _write(tmp, write)), doing)
+            names = self._from_main(lambda: _names(tmp), doing)
+            share = self._together(lambda: explained(lambda: self._settle(tmp, names)), doing)
+            files = {name: entry for share in self.ranks.gather(share) for name, entry in share.items()}
+            body = {"format": FORMAT, "step": step, "world": self.ranks.world, "facts": facts, "files": files}
+            return self._from_main(lambda: explained(lambda: self._publish(tmp, body)), doing)
+        except CheckpointError:
+            if self.ranks.is_main:
+                shutil.rmtree(tmp, ignore_errors=True)
+            raise
+
+    def _make(self, tmp: Path, facts: dict[str, Any], need_bytes: int | None) -> None:
+        _seal({"facts": facts})  # facts that JSON cannot hold are refused before anything is written
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _fsync(self.folder.parent)
+        for left_over in [*self.folder.glob(".tmp-*"), *self.folder.glob(".trash-*")]:
+            shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+        free = shutil.disk_usage(self.folder).free
+        if need_bytes is not None and free < need_bytes:
+            raise CheckpointError(_full_disk(tmp, f"{need_bytes:,}", free))
+        tmp.mkdir()
+
+    def _settle(self, tmp: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+        """Make the files durable and describe this rank's share of them: size and SHA-256 by name."""
+        share = names[self.ranks.rank :: self.ranks.world]
+        with ThreadPoolExecutor(THREADS) as pool:
+            synced = []
+            if self.ranks.local_rank == 0:  # written pages are kept by the node, whichever rank wrote them
+                paths = {tmp / name for name in names}
+                folders = {parent for path in paths for parent in path.parents if parent.is_relative_to(tmp)}
+                synced = [pool.submit(_fsync, path) for path in paths | folders]
+            entries = dict(zip(share, pool.map(_describe, (tmp / name for name in share)), strict=True))
+            for future in synced:
+                future.result()
+        return entries
+
+    def _publish(self, tmp: Path, body: dict[str, Any]) -> Path:
+        _replace_text(tmp / MANIFEST, _seal(body))
+        taken = [attempt for step, attempt in self._keys() if step == body["step"]]
+        key = (body["step"], max(taken, default=-1) + 1)
+        os.rename(tmp, self.folder / _name(key))
+        _fsync(self.folder)
+        _replace_text(self.folder / POINTER, _pointer(_name(key)))
+        try:
+            self._prune(key)
+        except OSError as error:  # the new checkpoint stands; the next save tries again
+            log.warning("%s: old checkpoints could not be removed: %s", self.folder, error)
+        return self.folder / _name(key)
+
+    def _prune(self, saved: tuple[int, int]) -> None:
+        """Remove all but `saved` and the newest before it, down to `keep`.
+
+        Steps from `saved` on are of a run that went back to before them: they go first, and other attempts
+        at the same step in any case.
+        """
+        others = sorted((k for k in self._keys() if k != saved), key=lambda k: (k[0] < saved[0], k))
+        same_step = sum(step == saved[0] for step, _ in others)
+        trash = []
+        for key in others[: max(len(others) + 1 - self.keep, same_step)]:
+            trash.append(self.folder / f".trash-{_name(key)}")
+            os.rename(self.folder / _name(key), trash[-1])
+        if trash:
+            _fsync(self.folder)  # out of sight for good before the first file goes
+        for path in trash:
+            shutil.rmtree(path)
+
+    # --- find ------------------------------------------------------------------------------------
+
+    def find(self) -> Checkpoint | None:
+        """The checkpoint to resume from; None if there never was one.
+
+        That is the one `latest` names, or if it is damaged the newest whole one before it. Every damaged
+        file is logged as a warning. Raises CheckpointError on all ranks if there are checkpoints but none
+        is whole.
+        """
+        return self._agree(self._newest_whole)
+
+    def at(self, step: int) -> Checkpoint:
+        """The checkpoint of `step`. Raises CheckpointError on all ranks if there is none that is whole."""
+        return self._agree(lambda: self._whole_at(step))
+
+    def _agree(self, look: Callable[[], T]) -> T:
+        """What rank 0 finds, on all ranks, once each of them has seen the same in its own view of the folder."""
+        doing = f"looking for a checkpoint in {self.folder}"
+        found = self._from_main(look, doing)
+        self._together(lambda: self._see(found), doing)
+        return found
+
+    def _see(self, found: Any) -> None:
+        if found is None and self._keys():
+            raise CheckpointError(f"rank 0 sees no checkpoint in {self.folder}, this rank does")
+        if found is not None and _open(found.path)[0] != found:
+            raise CheckpointError(f"rank 0 sees another {found.path} than this rank")
+
+    def _newest_whole(self) -> Checkpoint | None:
+        keys, pointed = self._keys()[::-1], self._pointed()
+        if pointed is not None:
+            keys = [pointed, *(k for k in keys if k < pointed), *(k for k in keys if k > pointed)]
+        if not keys and (self.folder / POINTER).exists():
+            raise CheckpointError(f"{self.folder / POINTER} exists, but no checkpoint does")
+        return self._first_whole(keys) if keys else None
+
+    def _whole_at(self, step: int) -> Checkpoint:
+        keys = self._keys()
+        if step not in (steps := [s for s, _ in keys]):
+            raise CheckpointError(f"no checkpoint of step {step}, only of {sorted(set(steps))}")
+        return self._first_whole([k for k in reversed(keys) if k[0] == step])
+
+    def _first_whole(self, keys: list[tuple[int, int]]) -> Checkpoint:
+        damages = []
+        for key in keys:
+            try:
+                return _verify(self.folder / _name(key))
+            except CheckpointError as error:
+                log.warning("damaged checkpoint passed over: %s", error)
+                damages.append(str(error))
+        raise CheckpointError("no checkpoint is whole: " + "; ".join(damages))
+
+    def _keys(self) -> list[tuple[int, int]]:
+        """(step, attempt) of every checkpoint in sight, damaged or not, oldest first."""
+        names = [path.name for path in self.folder.iterdir()] if self.folder.exists() else []
+        return sorted(key for key in map(_key, names) if key is not None)
+
+    def _pointed(self) -> tuple[int, int] | None:
+        path = self.folder / POINTER
+        if not path.exists():
+            return None
+        text = path.read_bytes().decode("ascii", "replace")
+        key = _key(text.partition(" ")[0])
+        if key is None or text != _pointer(_name(key)):
+            log.warning("damaged pointer passed over: %s holds %r", path, text[:80])
+            return None
+        return key
+
+    # --- all ranks -------------------------------------------------------------------------------
+
+    def _together(self, fn: Callable[[], T], doing: str) -> T:
+        try:
+            return self.ranks.all_succeed(fn, doing)
+        except RankError as error:
+            raise CheckpointError(str(error)) from error
+
+    def _from_main(self, fn: Callable[[], T], doing: str) -> T:
+        """Run `fn` on rank 0 alone: its value, or its error, on all ranks."""
+        return self.ranks.broadcast(self._together(fn if self.ranks.is_main else lambda: None, doing))

@@ -1,0 +1,160 @@
+"""A whole run in one typed value, and the numbers that follow from it on a given machine."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from fastmim_kernels.attention import choose_attention
+
+from fastmim.data import DataConfig, Images
+from fastmim.methods.base import MethodConfig
+from fastmim.models.vit import ViTConfig
+from fastmim.optim import OptimConfig
+
+WARMUP_SHARE = 0.2  # of a run too short for the warm-up asked for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One pre-training run."""
+
+    method: MethodConfig
+    model: ViTConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    batch: int = 1024
+    """Images per optimizer step, over all ranks and micro-batches"""
+    accumulate: int = 1
+    """Micro-batches per optimizer step; each rank holds batch / (ranks * accumulate) images at a time"""
+    epochs: float = 100.0
+    """Passes over the data"""
+    steps: int | None = None
+    """Optimizer steps; overrides epochs"""
+    seed: int = 0
+    """Of the weights, the order, the crops and the masks"""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16: weights in bfloat16, master copy and moments in fp32. auto: bf16 on CUDA, fp32 on CPU"""
+    zero: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO stage: what is sharded over ranks. 1 optimizer, 2 and gradients, 3 and weights"""
+    run_dir: Path | None = None
+    """Where everything about the run is written; by default runs/METHOD-DATE-TIME"""
+    resume: bool = False
+    """Continue the run in --run-dir from its newest whole checkpoint, with its saved configuration"""
+    allow_changes: tuple[str, ...] = ()
+    """With --resume: facts of the run that may differ from the checkpoint's, by the names the error gives"""
+    init_from: Path | None = None
+    """Start from these weights: a run directory, or an MAE checkpoint as .pth or .safetensors"""
+    save_every: int = 1000
+    """Optimizer steps between checkpoints; the last step always makes one"""
+    keep: int = 2
+    """Checkpoints kept"""
+    log_every: int = 20
+    """Optimizer steps between reports"""
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "accumulate", "save_every", "keep", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name.replace('_', '-')}: want at least 1, got {getattr(self, name)}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps: want at least 1, got {self.steps}")
+        if self.epochs <= 0:
+            raise ValueError(f"epochs: want more than 0, got {self.epochs}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: want 0 to 2^63 - 1, got {self.seed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a `Run` comes to with this data on these ranks; every number that training uses."""
+
+    device: Literal["cuda", "cpu"]
+    precision: Literal["fp32", "bf16"]
+    world: int
+    micro_batch: int  # images per rank and micro-batch
+    num_samples: int
+    steps_per_epoch: int
+    left_out: int  # images of each epoch that fill no whole batch; others each epoch
+    total_steps: int
+    warmup_steps: float
+    peak_lr: float
+    attention: str
+    notes: tuple[str, ...]  # what was settled otherwise than asked, for a person
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+
+def make_plan(run: Run, images: Images, *, world: int, device: Literal["cuda", "cpu"]) -> Plan:
+    """Derive the plan; ValueError where the run cannot be done on these ranks with these images."""
+    precision = run.precision
+    if precision == "auto":
+        precision = "bf16" if device == "cuda" else "fp32"
+    if run.batch % (world * run.accumulate):
+        raise ValueError(
+            f"batch: want a multiple of ranks * accumulate = {world} * {run.accumulate}, got {run.batch}"
+        )
+    if run.batch > len(images):
+        raise ValueError(f"batch: want at most the {len(images)} images there are, got {run.batch}")
+    steps_per_epoch, left_out = divmod(len(images), run.batch)
+    total = run.steps if run.steps is not None else max(1, round(run.epochs * steps_per_epoch))
+    notes = []
+    if left_out:
+        notes.append(
+            f"{left_out} of {len(images)} images fill no batch of {run.batch}: "
+            "each epoch leaves out as many, others each time"
+        )
+    warmup = run.optim.warmup_epochs * steps_per_epoch
+    if warmup >= total:
+        warmup = WARMUP_SHARE * total
+        notes.append(
+            f"warm-up of {run.optim.warmup_epochs:g} epochs does not fit in {total} steps: "
+            f"shortened to {warmup:g} steps"
+        )
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    attention, why = choose_attention(run.model.attention, device, dtype)
+    return Plan(
+        device=device,
+        precision=precision,
+        world=world,
+        micro_batch=run.batch // (world * run.accumulate),
+        num_samples=len(images),
+        steps_per_epoch=steps_per_epoch,
+        left_out=left_out,
+        total_steps=total,
+        warmup_steps=warmup,
+        peak_lr=run.optim.peak_lr(run.batch),
+        attention=f"{attention} ({why})",
+        notes=tuple(notes),
+    )
+
+
+def as_dict(value: Any) -> Any:
+    """A configuration as plain JSON values; a method's carries its name."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        named = {"name": value.name} if isinstance(value, MethodConfig) else {}
+        return named | {f.name: as_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [as_dict(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def run_facts(run: Run, plan: Plan, images: Images) -> dict[str, Any]:
+    """What a checkpoint must share with the run that resumes it: all that shapes numbers or shards."""
+    config = as_dict(run)
+    facts = {
+        name: config[name] for name in ("method", "model", "optim", "batch", "accumulate", "seed", "zero")
+    }
+    facts["model"].pop("attention")  # the same numbers up to rounding
+    facts |= {"world": plan.world, "precision": plan.precision, "total_steps": plan.total_steps}
+    facts["data"] = {"images": len(images), "fingerprint": images.fingerprint, "decoder": run.data.decoder}
+    return facts
+
+
+def fingerprint(facts: dict[str, Any]) -> str:
+    """Sixteen hexadecimal digits of the SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

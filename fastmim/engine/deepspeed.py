@@ -1,0 +1,126 @@
+"""The only door to DeepSpeed: process group, dictionary, wrapped model, whole weights out of shards."""
+
+import logging
+import os
+from datetime import timedelta
+from typing import Any
+
+os.environ.setdefault("DS_LOG_LEVEL", "warning")
+
+import deepspeed
+import torch
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor
+
+from fastmim.engine.config import Plan, Run
+from fastmim.engine.ranks import Ranks
+from fastmim.methods.base import Method
+from fastmim.optim import OPTIMIZERS
+from fastmim.optim.groups import parameter_groups
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+def start_process_group(device: str) -> Ranks:
+    """Join the ranks the launcher started, or be the only one. NCCL on CUDA, gloo on CPU."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # The op would be compiled for forty seconds at the first start and serve CPU ranks only; gloo serves too.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    launched = "RANK" in os.environ
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    if device == "cuda":
+        torch.cuda.set_device(local_rank)
+    elif "OMP_NUM_THREADS" not in os.environ:  # ranks of one machine share its cores
+        torch.set_num_threads(
+            max(
+                1,
+                len(os.sched_getaffinity(0))
+                // int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1),
+            )
+        )
+    if not torch.distributed.is_initialized():
+        alone = {} if launched else {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+        torch.distributed.init_process_group(
+            "nccl" if device == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT, **alone
+        )
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    return Ranks.from_environment()
+
+
+def deepspeed_dictionary(run: Run, plan: Plan) -> dict[str, Any]:
+    """DeepSpeed's configuration, whole: what is not written here changes with its versions."""
+    bf16 = plan.precision == "bf16"
+    # fp32 sums of micro-batch gradients exist in ZeRO 1 only
+    accumulate_in_fp32 = not bf16 or (run.zero == 1 and run.accumulate > 1)
+    dictionary: dict[str, Any] = {
+        "train_batch_size": run.batch,
+        "train_micro_batch_size_per_gpu": plan.micro_batch,
+        "gradient_accumulation_steps": run.accumulate,
+        "gradient_clipping": run.optim.clip,  # 1.0 if unwritten, since DeepSpeed 0.19.3
+        "prescale_gradients": False,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": bf16},
+        "fp16": {"enabled": False},
+        "data_types": {"grad_accum_dtype": "fp32" if accumulate_in_fp32 else "bf16"},
+        "zero_optimization": {
+            "stage": run.zero,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "reduce_bucket_size": 200_000_000,
+            "allgather_partitions": True,
+            "allgather_bucket_size": 200_000_000,
+            "overlap_comm": plan.device == "cuda" and plan.world > 1,
+            "round_robin_gradients": False,
+            "sub_group_size": 1_000_000_000,
+            "stage3_prefetch_bucket_size": 50_000_000,
+            "stage3_param_persistence_threshold": 100_000,
+            "stage3_max_live_parameters": 1_000_000_000,
+            "stage3_max_reuse_distance": 1_000_000_000,
+            "stage3_gather_16bit_weights_on_model_save": False,
+        },
+    }
+    if run.optim.name == "deepspeed":  # made by DeepSpeed from these; the groups carry their own decay
+        o = run.optim
+        dictionary["optimizer"] = {
+            "type": "AdamW",
+            "params": {"lr": 0.0, "betas": list(o.betas), "eps": o.eps, "weight_decay": o.weight_decay},
+        }
+    return dictionary
+
+
+def wrap(method: Method, run: Run, plan: Plan) -> deepspeed.DeepSpeedEngine:
+    """The method under DeepSpeed, with its optimizer."""
+    groups = parameter_groups(
+        method.named_parameters(),
+        weight_decay=run.optim.weight_decay,
+        layer_decay=run.optim.layer_decay,
+        depth=run.model.depth,
+    )
+    by_deepspeed = run.optim.name == "deepspeed"
+    engine, *_ = deepspeed.initialize(
+        model=method,
+        optimizer=None if by_deepspeed else OPTIMIZERS[run.optim.name](groups, run.optim),
+        model_parameters=groups if by_deepspeed else None,
+        config=deepspeed_dictionary(run, plan),
+        dist_init_required=False,
+    )
+    return engine
+
+
+def set_learning_rate(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate * group["lr_scale"]
+
+
+def whole_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
+    """The method's state dict in fp32 on the CPU, from the master weights; a call for all ranks at once."""
+    method = engine.module
+    with deepspeed.zero.GatheredParameters(list(method.parameters())):  # shards of ZeRO 3
+        state = {name: tensor.detach().float().cpu().clone() for name, tensor in method.state_dict().items()}
+    for name, parameter in method.named_parameters():
+        master = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+        if master is not None:
+            state[name] = master.detach().float().cpu().clone()
+    return state

@@ -1,0 +1,106 @@
+"""What this machine will run on, and why: `fastmim doctor`."""
+
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from fastmim_kernels.attention import choose_attention, xformers_version
+
+PACKAGES = (
+    "fastmim", "torch", "triton", "numpy", "xformers", "deepspeed", "nvidia-dali-cuda130", "pillow",
+    "safetensors", "tyro", "tensorboard", "ninja", "apex",
+)  # fmt: skip
+
+
+def versions() -> dict[str, str | None]:
+    """Installed versions by package name, None where absent, and Python's."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def devices() -> list[dict[str, Any]]:
+    """The GPUs, or the CPU where there is none. Memory in GiB."""
+    if not torch.cuda.is_available():
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        cores = len(os.sched_getaffinity(0))
+        return [
+            {
+                "name": platform.processor() or platform.machine(),
+                "cores": cores,
+                "memory_gib": round(memory, 1),
+            }
+        ]
+    found = []
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        found.append(
+            {
+                "name": p.name,
+                "capability": f"{p.major}.{p.minor}",
+                "memory_gib": round(p.total_memory / 2**30, 1),
+            }
+        )
+    return found
+
+
+def choices() -> dict[str, dict[str, str | bool]]:
+    """Each part a run chooses among: what it would use here with its defaults, and why."""
+    from fastmim.data.dali import why_no_dali
+    from fastmim.optim.apex import find_fused_adam
+
+    cuda = torch.cuda.is_available()
+    attention, reason = choose_attention(
+        "auto", "cuda" if cuda else "cpu", torch.bfloat16 if cuda else torch.float32
+    )
+    obstacle = why_no_dali()
+    try:
+        find_fused_adam()
+        apex = "NVIDIA's apex is here: --optim.name apex"
+    except ImportError as error:
+        apex = str(error)
+    return {
+        "precision": {
+            "use": "bf16" if cuda else "fp32",
+            "why": "weights; the master copy is fp32" if cuda else "no CUDA device",
+        },
+        "attention": {"use": attention, "why": reason},
+        "kernels": {
+            "use": "triton" if cuda else "reference",
+            "why": "Triton on CUDA" if cuda else "the shipped PyTorch definitions serve the CPU",
+        },
+        "decoder": {
+            "use": "none" if obstacle else "dali",
+            "why": obstacle or ("on the GPU" if cuda else "DALI's CPU operators"),
+        },
+        "optimizer": {"use": "adamw", "why": f"torch's fused AdamW by default. {apex}"},
+        "csrc": {"use": "none", "why": "this version has no C++ ops: nothing to build"},
+        "compiler": {
+            "use": shutil.which("c++") or shutil.which("g++") or "none",
+            "why": "DeepSpeed and C++ ops build with it",
+        },
+    }
+
+
+def report() -> dict[str, Any]:
+    """All of it as plain values."""
+    return {"versions": versions(), "devices": devices(), "choices": choices()}
+
+
+def print_report(content: dict[str, Any]) -> None:
+    for device in content["devices"]:
+        print("device    ", ", ".join(f"{name} {value}" for name, value in device.items()))
+    for name, choice in content["choices"].items():
+        print(f"{name:<10} {choice['use']}: {choice['why']}")
+    found = content["versions"]
+    print("versions  ", ", ".join(f"{name} {v}" for name, v in found.items() if v))
+    absent = [name for name, v in found.items() if v is None]
+    if absent:
+        print("absent    ", ", ".join(absent))

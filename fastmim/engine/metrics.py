@@ -1,0 +1,179 @@
+"""Numbers of a run: kept on the device between log steps, then written as JSON lines, events and a bar.
+
+Rows      `metrics.jsonl`, one row per step: step, epoch, loss, the method's own metrics, lr. The last row of
+          an interval also has images_per_s (per rank), data_wait (share of the time spent waiting for
+          data), seconds. Loss and metrics are means over micro-batches and ranks.
+Resume    rows after the checkpoint's step are dropped: the resumed run writes them again, the same.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from fastmim.engine.config import Plan
+from fastmim.engine.ranks import Ranks
+from fastmim.methods.base import Output
+
+
+class NonFinite(RuntimeError):
+    """The loss was not a finite number."""
+
+
+class Stopwatch:
+    """Adds up the time spent inside it, in seconds."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._start
+
+    def take(self) -> float:
+        """The seconds so far; starts again from zero."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+
+class Metrics:
+    """Collects on every rank, writes on the first."""
+
+    def __init__(
+        self, run_dir: Path, plan: Plan, ranks: Ranks, *, log_every: int, batch: int, start_step: int
+    ):
+        self.plan, self.ranks, self.log_every = plan, ranks, log_every
+        self.images_per_rank = batch / plan.world
+        self.pending: list[tuple[int, float, dict[str, Tensor]]] = []
+        self.report = Report(run_dir, plan, start_step) if ranks.is_main else None
+        self.restart_clock()
+
+    def add(self, step: int, rate: float, outputs: Sequence[Output]) -> None:
+        """Take the outputs of one step's micro-batches. No transfer, no wait."""
+        rows = [{"loss": o.loss.detach(), **o.metrics} for o in outputs]
+        means = {name: torch.stack([row[name].float() for row in rows]).mean() for name in rows[0]}
+        self.pending.append((step, rate, means))
+
+    def due(self, step: int) -> bool:
+        return step % self.log_every == 0
+
+    def flush(self, *, seconds_waiting: float) -> None:
+        """Bring the interval to the host and write it. A call for all ranks at once; raises `NonFinite`."""
+        if not self.pending:
+            return
+        values = torch.stack([torch.stack(list(means.values())) for _, _, means in self.pending])
+        if self.ranks.world > 1:
+            torch.distributed.all_reduce(values)
+            values /= self.ranks.world
+        table = values.tolist()  # the one wait for the device
+        seconds = time.perf_counter() - self.clock
+        names = list(self.pending[0][2])
+        rows: list[dict[str, Any]] = [
+            {
+                "step": step,
+                "epoch": step / self.plan.steps_per_epoch,
+                **dict(zip(names, line, strict=True)),
+                "lr": rate,
+            }
+            for (step, rate, _), line in zip(self.pending, table, strict=True)
+        ]
+        rows[-1]["images_per_s"] = self.images_per_rank * len(rows) / seconds
+        rows[-1]["data_wait"] = min(seconds_waiting / seconds, 1.0)
+        rows[-1]["seconds"] = seconds
+        self.pending.clear()
+        self.restart_clock()
+        if self.report:
+            self.report.write(rows)
+        bad = [row["step"] for row in rows if not math.isfinite(row["loss"])]
+        if bad:
+            raise NonFinite(
+                f"loss is not finite at step {bad[0]} (reported at step {rows[-1]['step']}); "
+                "no checkpoint was made since. Lower --optim.blr or set --optim.clip"
+            )
+
+    def restart_clock(self) -> None:
+        self.clock = time.perf_counter()
+
+    def close(self) -> None:
+        if self.report:
+            self.report.close()
+
+
+class Report:
+    """The first rank's files and its progress bar: a bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, run_dir: Path, plan: Plan, start_step: int):
+        self.total, self.start = plan.total_steps, time.monotonic()
+        self.first_step = start_step
+        path = run_dir / "metrics.jsonl"
+        keep_rows_up_to(path, start_step)
+        self.file = path.open("a")
+        self.events = SummaryWriter(
+            str(run_dir / "tensorboard"), purge_step=start_step + 1 if start_step else None
+        )
+        self.bar = None
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=self.total, initial=start_step, unit="step", dynamic_ncols=True)
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        self.file.writelines(json.dumps(row) + "\n" for row in rows)
+        self.file.flush()
+        for row in rows:
+            for name in row.keys() - {"step", "epoch", "seconds"}:
+                self.events.add_scalar(name, row[name], row["step"])
+        last = rows[-1]
+        mean_loss = sum(row["loss"] for row in rows) / len(rows)
+        words = (
+            f"loss {mean_loss:.4f}  lr {last['lr']:.2e}  {last['images_per_s']:.1f} img/s per rank  "
+            f"waiting for data {100 * last['data_wait']:.0f} %"
+        )
+        if self.bar is not None:
+            self.bar.set_postfix_str(words, refresh=False)
+            self.bar.update(last["step"] - self.bar.n)
+            return
+        done = last["step"] - self.first_step
+        left = (time.monotonic() - self.start) / done * (self.total - last["step"])
+        print(f"step {last['step']}/{self.total}  {words}  ETA {clock(left)}", flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        self.events.close()
+
+
+def keep_rows_up_to(path: Path, step: int) -> None:
+    """Drop the rows of `metrics.jsonl` after `step`, and a last line cut short by a kill."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if row["step"] <= step:
+            kept.append(line)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss, or m:ss below an hour."""
+    minutes, s = divmod(round(seconds), 60)
+    h, m = divmod(minutes, 60)
+    return f"{h}:{m:02d}:{s:02d}" if h else f"{m}:{s:02d}"

@@ -1,0 +1,201 @@
+"""The two pictures of a run: its loss over the steps, and what it sees in the masked images.
+
+    norm_pix:  x_hat = p * sqrt(var(x) + eps) + mean(x)    over the P values of the true patch x, var unbiased
+    then       pixel = 255 * (x_hat * std_c + mean_c)      rounded, clamped to 0..255
+
+Shapes  image uint8 `[B, H, W, C]`, C = 1 or 3; P = patch * patch * C in the order row, column, channel.
+Limits  the only module of the engine that imports matplotlib and Pillow; no pyplot, so no global state.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from fastmim.methods.base import Reconstruction
+from fastmim.models.vit import ViTConfig
+
+EPS = 1e-6  # of the pixel loss
+GREY = 128  # hidden patches
+GAP = 2  # white pixels between the cells of the grid
+COLUMNS = ("original", "masked", "reconstruction", "prediction alone")
+MAX_ROWS = 8  # samples in the file
+MIN_SIDE = 128  # pixels: smaller images are enlarged in the file
+NO_PARTS = {"step", "epoch", "loss", "lr", "images_per_s", "data_wait", "seconds"}
+
+
+# --- the loss -------------------------------------------------------------------------------------
+
+
+def draw_loss(metrics_jsonl: Path, png: Path) -> None:
+    """Draw loss, its parts and the learning rate of a run. Of a step written twice the last row counts.
+
+    Raises ValueError where there is no row.
+    """
+    steps, columns = read_metrics(metrics_jsonl)
+    window = max(1, len(steps) // 50)
+    figure = Figure(figsize=(8, 6), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    loss_axis, lr_axis = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    loss_axis.plot(steps, columns["loss"], color="C0", alpha=0.35, linewidth=0.7, marker=_marker(steps))
+    for k, name in enumerate(["loss", *sorted(columns.keys() - NO_PARTS)]):
+        _plot_smoothed(loss_axis, steps, columns[name], window, name, f"C{k}")
+    loss_axis.set_ylabel("loss (mean per scored value)")
+    loss_axis.legend(title=f"mean of {window} steps" if window > 1 else None)
+    if "lr" in columns:
+        lr_axis.plot(steps, columns["lr"], color="black", linewidth=1, marker=_marker(steps))
+    lr_axis.set_ylabel("learning rate")
+    lr_axis.set_xlabel("step (updates of the weights)")
+    for axis in (loss_axis, lr_axis):
+        axis.grid(alpha=0.3)
+    figure.savefig(png)
+
+
+def read_metrics(metrics_jsonl: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Steps in order, and one fp64 array as long for every scalar; NaN where a row has none."""
+    rows: dict[int, dict[str, float]] = {}
+    for line in metrics_jsonl.read_text().splitlines():
+        if line.strip():
+            row = json.loads(line)
+            rows[row["step"]] = row
+    if not rows:
+        raise ValueError(f"want rows with a step and a loss, got none in {metrics_jsonl}")
+    steps = sorted(rows)
+    names = dict.fromkeys(["loss", *(name for step in steps for name in rows[step])])
+    columns = {name: np.array([rows[s].get(name) for s in steps], dtype=np.float64) for name in names}
+    return np.array(steps), columns
+
+
+def smoothed(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean of the finite values among the `window` around each place, fewer at the ends; NaN for none."""
+    finite = np.isfinite(values)
+    ends = np.arange(len(values)) + window // 2 + 1
+    low, high = np.maximum(ends - window, 0), np.minimum(ends, len(values))
+    total = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0))])
+    count = np.concatenate([[0], np.cumsum(finite)])
+    num = count[high] - count[low]
+    return np.where(num > 0, (total[high] - total[low]) / np.maximum(num, 1), np.nan)
+
+
+def _plot_smoothed(
+    axis: Axes, steps: np.ndarray, values: np.ndarray, window: int, name: str, color: str
+) -> None:
+    mean = smoothed(values, window)
+    known = np.isfinite(mean)  # a scalar that only some rows have is one line nevertheless
+    axis.plot(steps[known], mean[known], color=color, linewidth=1.5, label=name, marker=_marker(steps))
+
+
+def _marker(steps: np.ndarray) -> str | None:
+    """One row is a point, not an invisible line."""
+    return "o" if len(steps) == 1 else None
+
+
+# --- the reconstruction ---------------------------------------------------------------------------
+
+
+def reconstruction_grid(
+    image_BHWC: Tensor,
+    seen_BK: Tensor,
+    pred_BNP: Tensor,
+    patch: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    norm_pix: bool,
+) -> Tensor:
+    """uint8 `[3, B * (H + GAP) - GAP, 4 * (W + GAP) - GAP]`, on the CPU: a row per sample, in real pixels.
+
+    Columns: the original; hidden patches grey; the prediction with the visible patches pasted over it; the
+    prediction alone. `mean` and `std` are per channel, on the scale 0..1.
+    """
+    _check(image_BHWC, seen_BK, pred_BNP, patch, mean, std)
+    image_BHWC, seen_BK = image_BHWC.cpu(), seen_BK.cpu()
+    true_BNP = _patches(image_BHWC, patch)
+    pred_BNP = _pixels(pred_BNP.detach().cpu().float(), true_BNP, mean, std, norm_pix)
+    seen_BN1 = torch.zeros(true_BNP.shape[:2], dtype=torch.bool).scatter_(1, seen_BK, True)[..., None]
+    masked_BNP = torch.where(seen_BN1, true_BNP, torch.full_like(true_BNP, GREY))
+    pasted_BNP = torch.where(seen_BN1, true_BNP, pred_BNP)
+
+    B, H, W, C = image_BHWC.shape
+    grid = torch.full((B, H + GAP, len(COLUMNS), W + GAP, C), 255, dtype=torch.uint8)
+    for k, cells_BNP in enumerate((true_BNP, masked_BNP, pasted_BNP, pred_BNP)):
+        grid[:, :H, k, :W] = _image(cells_BNP, patch, H, W)
+    flat = grid.reshape(B * (H + GAP), len(COLUMNS) * (W + GAP), C)[:-GAP, :-GAP]
+    return flat.permute(2, 0, 1).expand(3, -1, -1).contiguous()
+
+
+def _check(
+    image: Tensor, seen: Tensor, pred: Tensor, patch: int, mean: Sequence[float], std: Sequence[float]
+) -> None:
+    if image.ndim != 4 or image.dtype != torch.uint8 or image.shape[3] not in (1, 3):
+        raise ValueError(f"want uint8 [B, H, W, 1 or 3], got {image.dtype} {tuple(image.shape)}")
+    B, H, W, C = image.shape
+    if H % patch or W % patch:
+        raise ValueError(f"want H and W divisible by the patch, {patch}, got {H} x {W}")
+    want = B, H // patch * (W // patch), patch * patch * C
+    if tuple(pred.shape) != want:
+        raise ValueError(f"want a prediction [B, N, P] = {want}, got {tuple(pred.shape)}")
+    if seen.ndim != 2 or len(seen) != B:
+        raise ValueError(f"want visible patches [B, K], B = {B}, got {tuple(seen.shape)}")
+    if len(mean) != C or len(std) != C:
+        raise ValueError(f"want mean and std of {C} channels, got {tuple(mean)} and {tuple(std)}")
+
+
+def _patches(image_BHWC: Tensor, patch: int) -> Tensor:
+    """`[B, H, W, C] -> [B, N, P]`."""
+    B, H, W, C = image_BHWC.shape
+    x = image_BHWC.reshape(B, H // patch, patch, W // patch, patch, C)
+    return x.transpose(2, 3).reshape(B, -1, patch * patch * C)
+
+
+def _image(cells_BNP: Tensor, patch: int, height: int, width: int) -> Tensor:
+    """`[B, N, P] -> [B, H, W, C]`."""
+    B = len(cells_BNP)
+    x = cells_BNP.reshape(B, height // patch, width // patch, patch, patch, -1)
+    return x.transpose(2, 3).reshape(B, height, width, -1)
+
+
+def _pixels(
+    pred_BNP: Tensor, true_BNP: Tensor, mean: Sequence[float], std: Sequence[float], norm_pix: bool
+) -> Tensor:
+    """What the network says, as uint8 pixels `[B, N, P]`."""
+    per_pixel = pred_BNP.shape[-1] // len(mean)
+    mean_P = torch.tensor(mean, dtype=torch.float32).repeat(per_pixel)
+    std_P = torch.tensor(std, dtype=torch.float32).repeat(per_pixel)
+    if norm_pix:
+        x_BNP = (true_BNP.float() / 255 - mean_P) / std_P
+        var_BN1, mean_BN1 = torch.var_mean(x_BNP, dim=-1, keepdim=True)
+        pred_BNP = pred_BNP * (var_BN1 + EPS).sqrt() + mean_BN1
+    return (255 * (pred_BNP * std_P + mean_P)).round().clamp(0, 255).to(torch.uint8)
+
+
+def draw_reconstruction(picture: Reconstruction, model: ViTConfig, png: Path) -> None:
+    """Write the grid of the first `MAX_ROWS` samples, captioned; small images are enlarged without blur."""
+    grid = reconstruction_grid(
+        picture.image_BHWC[:MAX_ROWS],
+        picture.seen_BK[:MAX_ROWS],
+        picture.pred_BNP[:MAX_ROWS],
+        model.patch,
+        model.pixel_mean,
+        model.pixel_std,
+        norm_pix=picture.norm_pix,
+    )
+    zoom = math.ceil(MIN_SIDE / min(model.size))
+    cells = Image.fromarray(grid.permute(1, 2, 0).contiguous().numpy())
+    cells = cells.resize((cells.width * zoom, cells.height * zoom), Image.Resampling.NEAREST)
+    margin = 18
+    sheet = Image.new("RGB", (cells.width + 2 * GAP, cells.height + margin + GAP), "white")
+    sheet.paste(cells, (GAP, margin))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+    for k, caption in enumerate(COLUMNS):
+        middle = GAP + zoom * (k * (model.size[1] + GAP) + model.size[1] / 2)
+        draw.text((middle, margin / 2), caption, fill="black", font=font, anchor="mm")
+    sheet.save(png)

@@ -1,0 +1,240 @@
+"""A run from its configuration to its results: `train(prepare(run))`."""
+
+import json
+import logging
+import sys
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastmim.data import Images, Loader, SampleOrder, find_images
+from fastmim.data.sample import sample_set
+from fastmim.engine.checkpoint import Checkpoint, CheckpointError, Checkpoints
+from fastmim.engine.config import Plan, Run, as_dict, fingerprint, make_plan, run_facts
+from fastmim.engine.deepspeed import start_process_group, whole_state, wrap
+from fastmim.engine.doctor import versions
+from fastmim.engine.loop import train_loop
+from fastmim.engine.metrics import Metrics, NonFinite
+from fastmim.engine.pictures import draw_loss, draw_reconstruction
+from fastmim.engine.ranks import RankError, Ranks
+from fastmim.interop.mae import ENCODER, encoder_metadata, from_mae, part_of, read_weights, to_mae
+from fastmim.methods.base import Method
+from fastmim.views import Batch
+
+log = logging.getLogger("fastmim")
+
+REFUSALS = (ValueError, ImportError, RankError, CheckpointError)  # of `prepare`
+ENDINGS = (NonFinite, CheckpointError)  # of `train`
+
+
+def device_type() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def images_of(run: Run) -> Images:
+    """The images of the run: its folder, or the training half of the embedded sample set."""
+    return find_images(sample_set() / "train" if run.data.path is None else run.data.path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A run that can be done: all that could be refused has been looked at, and nothing has been written."""
+
+    run: Run
+    plan: Plan
+    ranks: Ranks
+    images: Images
+    method: Method
+    run_dir: Path
+    checkpoints: Checkpoints
+    facts: dict[str, Any]
+    found: Checkpoint | None  # where to resume
+
+
+def prepare(run: Run) -> Prepared:
+    """Join the ranks, find the data, build the model, look for the checkpoint to resume.
+
+    Raises ValueError, ImportError, RankError or CheckpointError, the same on every rank, for what cannot be
+    done.
+    """
+    device = device_type()
+    ranks = start_process_group(device)
+    images = ranks.all_succeed(lambda: images_of(run), "finding the images")
+    plan = make_plan(run, images, world=ranks.world, device=device)
+    method = ranks.all_succeed(lambda: build_method(run), "building the model")
+    facts = run_facts(run, plan, images)
+    run_dir = choose_run_dir(run, ranks)
+    checkpoints = Checkpoints(run_dir / "checkpoints", ranks, keep=run.keep)
+    found = find_checkpoint(run, checkpoints, facts)
+    return Prepared(
+        run=run, plan=plan, ranks=ranks, images=images, method=method, run_dir=run_dir,
+        checkpoints=checkpoints, facts=facts, found=found,
+    )  # fmt: skip
+
+
+def train(p: Prepared, *, arguments: list[str] | None = None) -> None:
+    """Train, checkpoint, export and draw. `arguments` is the command line, kept for --resume.
+
+    Raises NonFinite, CheckpointError, or BadImages, for what stops a run; its last checkpoint stays.
+    """
+    run, plan, ranks = p.run, p.plan, p.ranks
+    if ranks.is_main:
+        write_configuration(p, arguments)
+        describe(p)
+    engine = wrap(p.method, run, plan)
+    start_step = restore(engine, p.found, ranks) if p.found else 0
+    order = SampleOrder(len(p.images), run.batch, run.accumulate, ranks.world, ranks.rank, run.seed)
+    metrics = Metrics(p.run_dir, plan, ranks, log_every=run.log_every, batch=run.batch, start_step=start_step)
+
+    def save(step: int) -> None:
+        path = p.checkpoints.save(step, lambda folder: write_shards(engine, folder, ranks), facts=p.facts)
+        log.info("checkpoint %s", path)
+
+    loader = Loader(
+        p.images,
+        p.method.views,
+        order,
+        config=run.data,
+        channels=run.model.channels,
+        seed=run.seed,
+        device=torch.device(plan.device, ranks.local_rank) if plan.device == "cuda" else torch.device("cpu"),
+        bad_samples=p.run_dir / "bad_samples.jsonl",
+        start_step=start_step,
+    )
+    with loader:
+        batches = iter(loader)
+        try:
+            train_loop(engine, batches, metrics, save, run=run, plan=plan, start_step=start_step)
+        finally:
+            metrics.close()
+        state = whole_state(engine)
+        if ranks.is_main:
+            write_results(run, p.run_dir, state, next(batches))
+    ranks.barrier()
+
+
+# --- before the first step ------------------------------------------------------------------------
+
+
+def build_method(run: Run) -> Method:
+    """The method with fresh weights of the seed, or with those of `--init-from`."""
+    torch.manual_seed(run.seed)
+    method = run.method.build(run.model)
+    if run.init_from is not None:
+        state = method.state_dict()
+        method.load_state_dict(from_mae(read_weights(run.init_from), state, f"init-from: {run.init_from}"))
+    return method
+
+
+def choose_run_dir(run: Run, ranks: Ranks) -> Path:
+    """The run directory, the same on every rank; one that holds another run is refused."""
+    if run.run_dir is None:
+        if run.resume:
+            raise ValueError("resume: want --run-dir, the directory of the run to continue")
+        name = f"{run.method.name}-{datetime.now():%Y%m%d-%H%M%S}"
+        return Path(ranks.broadcast(str(Path("runs").resolve() / name)))
+    run_dir = run.run_dir.resolve()
+    if not run.resume and any((run_dir / "checkpoints").glob("step-*")):
+        raise ValueError(
+            f"run-dir: {run_dir} holds checkpoints of a run; add --resume to continue it, or name another"
+        )
+    return run_dir
+
+
+def find_checkpoint(run: Run, checkpoints: Checkpoints, facts: dict[str, Any]) -> Checkpoint | None:
+    if not run.resume:
+        return None
+    found = checkpoints.find()
+    if found is None:
+        raise CheckpointError(f"resume: there is no checkpoint in {checkpoints.folder}")
+    found.check_facts(facts, allow=run.allow_changes)
+    return found
+
+
+def write_configuration(p: Prepared, arguments: list[str] | None) -> None:
+    p.run_dir.mkdir(parents=True, exist_ok=True)
+    content = {
+        "run": as_dict(p.run),
+        "plan": asdict(p.plan),
+        "fingerprint": fingerprint(p.facts),
+        "versions": versions(),
+        "arguments": arguments,
+    }
+    (p.run_dir / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def describe(p: Prepared) -> None:
+    """A few lines on what is about to happen."""
+    run, plan, model = p.run, p.plan, p.run.model
+    trained = sum(parameter.numel() for parameter in p.method.parameters() if parameter.requires_grad)
+    height, width = model.size
+    lines = [
+        ("method", f"{run.method.name}, {trained / 1e6:.1f} M trained parameters"),
+        (
+            "encoder",
+            f"{model.depth} blocks of width {model.width}, patch {model.patch}, {height} x {width} px",
+        ),
+        ("data", f"{len(p.images)} images in {p.images.root}, decoder {run.data.decoder}"),
+        (
+            "batch",
+            f"{run.batch} = {plan.world} ranks x {run.accumulate} micro-batches x {plan.micro_batch} images",
+        ),
+        ("length", f"{plan.total_steps} steps, {plan.steps_per_epoch} an epoch"),
+        ("rate", f"{plan.peak_lr:.3g} after {plan.warmup_steps:g} steps, optimizer {run.optim.name}"),
+        ("on", f"{plan.device}, {plan.precision}, ZeRO {run.zero}, attention {plan.attention}"),
+        ("run dir", str(p.run_dir)),
+        *(("note", note) for note in plan.notes),
+    ]
+    for name, line in lines:
+        print(f"{name:>8}  {line}")
+    sys.stdout.flush()
+
+
+# --- checkpoints ------------------------------------------------------------------------------------
+
+
+def write_shards(engine: deepspeed.DeepSpeedEngine, folder: Path, ranks: Ranks) -> None:
+    """This rank's files: DeepSpeed's shards and the rank's own random state."""
+    engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    torch.save(state, folder / f"random-rank{ranks.rank}.pt")
+
+
+def restore(engine: deepspeed.DeepSpeedEngine, found: Checkpoint, ranks: Ranks) -> int:
+    """Load the shards `write_shards` wrote; returns the finished steps."""
+    path, _ = engine.load_checkpoint(str(found.path.parent), tag=found.path.name)
+    if path is None:
+        raise CheckpointError(f"DeepSpeed finds nothing to load in {found.path}")
+    state = torch.load(found.path / f"random-rank{ranks.rank}.pt", weights_only=True)
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    if ranks.is_main:
+        print(f"{'resumed':>8}  from step {found.step}, {found.path}", flush=True)
+    return found.step
+
+
+# --- after the last step ----------------------------------------------------------------------------
+
+
+def write_results(run: Run, run_dir: Path, state: dict[str, Tensor], batch: Batch) -> None:
+    """The weights, the encoder alone, and the pictures, on one rank, from whole fp32 weights."""
+    metadata = encoder_metadata(run.model)
+    save_file(part_of(state, ENCODER), run_dir / "encoder.safetensors", metadata=metadata)
+    save_file(to_mae(state), run_dir / "model.safetensors", metadata=metadata)
+    draw_loss(run_dir / "metrics.jsonl", run_dir / "loss.png")
+    method = run.method.build(run.model)
+    method.load_state_dict(state)
+    picture = method.to(batch.keys_B.device).eval().reconstruct(batch)
+    if picture is not None:
+        draw_reconstruction(picture, run.model, run_dir / "reconstruction.png")
+    written = sorted(path.name for path in run_dir.iterdir() if path.suffix in (".png", ".safetensors"))
+    print(f"{'done':>8}  {run_dir}: {', '.join(written)}", flush=True)

@@ -1,0 +1,109 @@
+"""The processes of one run: who this one is, and how they agree.
+
+Objects travel on the CPU, over a gloo group of their own: the default group may be NCCL, which carries
+GPU memory only and orders its work after the training step's. A run of one process needs no process group.
+
+Limits  All ranks must make the same calls in the same order. What travels is pickled: for facts, not tensors.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+class RankError(RuntimeError):
+    """Something failed on at least one rank. Raised on all of them, with one message."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """A handle on the process group: `rank` of `world`, and `local_rank` on this node."""
+
+    rank: int
+    world: int
+    local_rank: int
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.rank < self.world and self.local_rank >= 0):
+            raise ValueError(f"want 0 <= rank < world and local_rank >= 0, got {self}")
+
+    @classmethod
+    def single(cls) -> "Ranks":
+        """One process, without torch.distributed."""
+        return cls(rank=0, world=1, local_rank=0)
+
+    @classmethod
+    def from_environment(cls) -> "Ranks":
+        """This process in the default group, which must exist if the launcher started more than one.
+
+        Raises ValueError where the launcher's variables and the process group do not fit.
+        """
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        if not dist.is_initialized():
+            if world > 1:
+                raise ValueError(f"WORLD_SIZE is {world}, but no process group is initialised")
+            return cls.single()
+        if dist.get_world_size() > 1 and "LOCAL_RANK" not in os.environ:
+            raise ValueError("LOCAL_RANK is not set: start the ranks with a launcher that sets it")
+        return cls(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @cached_property
+    def _gloo(self) -> dist.ProcessGroup:  # made by the first call that needs it, on all ranks together
+        return dist.new_group(backend="gloo")
+
+    def barrier(self) -> None:
+        """Return when every rank has come here."""
+        if self.world > 1:
+            dist.barrier(group=self._gloo)
+
+    def gather(self, obj: Any) -> list[Any]:
+        """Every rank's `obj`, by rank, on all ranks."""
+        if self.world == 1:
+            return [obj]
+        gathered: list[Any] = [None] * self.world
+        dist.all_gather_object(gathered, obj, group=self._gloo)
+        return gathered
+
+    def broadcast(self, obj: Any) -> Any:
+        """Rank 0's `obj`, on all ranks; what the others pass is ignored."""
+        if self.world == 1:
+            return obj
+        box = [obj if self.is_main else None]
+        dist.broadcast_object_list(box, src=0, group=self._gloo)
+        return box[0]
+
+    def all_succeed(self, fn: Callable[[], T], what: str) -> T:
+        """`fn()` on this rank, once it has succeeded on every rank.
+
+        Raises RankError on all ranks, naming `what`, the ranks and their reasons, if it failed on any: no
+        rank goes on, and none waits for one that gave up. `fn` must not end half-way through a collective.
+        """
+        error, value = None, None
+        try:
+            value = fn()
+        except Exception as caught:
+            error = caught
+        reasons = self.gather(None if error is None else f"{type(error).__name__}: {error}")
+        failed: dict[str, list[int]] = {}
+        for rank, reason in enumerate(reasons):
+            if reason is not None:
+                failed.setdefault(reason, []).append(rank)
+        if failed:
+            raise RankError(f"{what} failed{'; '.join(map(self._blame, failed.values(), failed))}") from error
+        return value  # type: ignore[return-value]  # fn succeeded here too
+
+    def _blame(self, ranks: list[int], reason: str) -> str:
+        if self.world == 1:
+            return f": {reason}"
+        plural = "s" if len(ranks) > 1 else ""
+        return f" on rank{plural} {', '.join(map(str, ranks))} of {self.world}: {reason}"

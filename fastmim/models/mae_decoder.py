@@ -1,0 +1,95 @@
+"""MAE's decoder: mask tokens where nothing was seen, a narrow transformer, a linear map to pixels.
+
+Source  He et al., arXiv:2111.06377; facebookresearch/mae, models_mae.py.
+Keys    mask_token, decoder_embed, decoder_pos_embed, decoder_blocks.N, decoder_norm, decoder_pred: those
+        of an MAE checkpoint. The union of the encoder's and the decoder's state dicts is one.
+Shapes  V views packed as `fastmim.models.vit.Encoder` packs them, L scored patches, d decoder width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from fastmim_kernels import restore_tokens
+from torch import Tensor, nn
+
+from fastmim.models.positions import sincos_2d
+from fastmim.models.vit import NORM_EPS, Block, ViTConfig, init_linear, view_lengths
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Size of the pixel decoder."""
+
+    width: int = 512
+    """d, values per token"""
+    depth: int = 8
+    """Number of blocks"""
+    heads: int = 16
+    """Attention heads per block"""
+
+    def __post_init__(self) -> None:
+        if min(self.width, self.heads) < 1 or self.depth < 0:
+            raise ValueError(f"method.decoder: want positive sizes, got {self}")
+        if self.width % self.heads or self.width % 4:
+            raise ValueError(
+                f"method.decoder.width: want a multiple of heads = {self.heads} and of 4 (positions), "
+                f"got {self.width}"
+            )
+
+
+class Decoder(nn.Module):
+    """Predicts the pixels of chosen patches from the encoding of the visible ones."""
+
+    def __init__(self, config: DecoderConfig, model: ViTConfig):
+        super().__init__()
+        d = config.width
+        self.num_patches = model.num_patches
+        self.decoder_embed = nn.Linear(model.width, d)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, d))
+        self.decoder_pos_embed = nn.Parameter(sincos_2d(d, model.grid)[None], requires_grad=False)
+        self.decoder_blocks = nn.ModuleList(
+            Block(d, config.heads, model.attention) for _ in range(config.depth)
+        )
+        self.decoder_norm = nn.LayerNorm(d, eps=NORM_EPS)
+        self.decoder_pred = nn.Linear(d, model.patch_values)
+        self.apply(init_linear)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(
+        self, z_BTD: Tensor, seen: Sequence[Tensor], scored_BL: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """Decode all V views in one batch of V * B. Packed `[B, T, D]` to V predictions `[B, L, P]`.
+
+        `seen` are the index tensors the encoding was made with; `scored_BL` the patches whose pixels
+        are wanted, of every view the same (None: all N of them). Differentiable in `z_BTD`.
+        """
+        B, V = len(z_BTD), len(seen)
+        rows_Rd = self.decoder_embed(z_BTD).flatten(0, 1)
+        source = token_sources(seen, self.num_patches)
+        x = restore_tokens(rows_Rd, source, self.mask_token.view(-1), self.decoder_pos_embed[0])
+        for block in self.decoder_blocks:
+            x = block(x)
+        x = x[:, 1:]  # the class row helps the others and predicts nothing
+        if scored_BL is not None:  # the norm and the head work row by row: unscored rows need neither
+            index = scored_BL.repeat(V, 1)[..., None].expand(-1, -1, x.shape[-1])
+            x = x.gather(1, index)
+        return self.decoder_pred(self.decoder_norm(x)).split(B)
+
+
+def token_sources(seen: Sequence[Tensor], num_patches: int) -> Tensor:
+    """For each decoder position the row of the packed encoding that fills it, or -1. `[V * B, 1 + N]` int64.
+
+    Rows count through `[B, T]`; views follow one another in the batch; position 0 is the class token.
+    """
+    lengths = view_lengths(seen)
+    B, T, device = len(seen[0]), sum(lengths), seen[0].device
+    first_row_B1 = torch.arange(B, device=device)[:, None] * T
+    sources, start = [], 0
+    for index_BK, length in zip(seen, lengths, strict=True):
+        rows_BL = first_row_B1 + torch.arange(start, start + length, device=device)
+        source = torch.full((B, 1 + num_patches), -1, device=device)
+        position_BL = torch.cat([index_BK.new_zeros(B, 1), index_BK + 1], dim=1)
+        sources.append(source.scatter_(1, position_BL, rows_BL))
+        start += length
+    return torch.cat(sources)

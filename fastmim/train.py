@@ -1,0 +1,57 @@
+"""Pre-train by masked image modelling.
+
+deepspeed fastmim/train.py --method rmae
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+# The launcher runs this file as a script, so fastmim/ itself is sys.path[0], where a module of ours
+# would hide one of the standard library. Put the repository root there instead.
+if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import json
+import logging
+
+from fastmim.arguments import parse
+from fastmim.engine.config import as_dict
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse, build, run. Exits with 2 for what cannot be begun, with 1 for what ended early."""
+    first = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    try:
+        command, arguments = parse(sys.argv[1:] if arguments is None else arguments, quiet=not first)
+    except ValueError as error:
+        stop(error, 2, say=first)
+    if command.print_config:
+        if first:
+            print(json.dumps(as_dict(command.run), indent=2))
+        return
+
+    from fastmim.engine import pretrain  # imports DeepSpeed: seconds that --help need not take
+
+    try:
+        prepared = pretrain.prepare(command.run)
+    except pretrain.REFUSALS as error:  # the same on every rank
+        stop(error, 2, say=first)
+    try:
+        pretrain.train(prepared, arguments=arguments)
+    except pretrain.ENDINGS as error:
+        stop(error, 1, say=True)
+
+
+def stop(error: Exception, code: int, *, say: bool) -> NoReturn:
+    if say:
+        print(f"fastmim: error: {error}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

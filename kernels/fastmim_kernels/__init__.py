@@ -1,0 +1,23 @@
+"""Fused ops of fastmim: one module per op; what is exported here is the public surface.
+
+A function hides the module of the same name: `from fastmim_kernels.norm_pix_loss import ...` reaches inside.
+"""
+
+from fastmim_kernels.gather_patches import gather_patches
+from fastmim_kernels.norm_pix_loss import norm_pix_loss
+from fastmim_kernels.norm_pix_loss_image import norm_pix_loss_image
+from fastmim_kernels.philox import draw_uint32, draw_uniform, sample_keys
+from fastmim_kernels.restore_tokens import restore_tokens
+from fastmim_kernels.split_patches import num_seen, split_patches
+
+__all__ = [
+    "draw_uint32",
+    "draw_uniform",
+    "gather_patches",
+    "norm_pix_loss",
+    "norm_pix_loss_image",
+    "num_seen",
+    "restore_tokens",
+    "sample_keys",
+    "split_patches",
+]

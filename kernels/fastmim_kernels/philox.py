@@ -1,0 +1,74 @@
+"""Counter-based random numbers: every draw is a function of (seed, epoch, sample id), of nothing else.
+
+    key of a sample   = words 0, 1 of philox(key=seed, counter=(id low, id high, epoch, 1))
+    word n of a key   = lane n % 4 of philox(key=key, counter=(n // 4, stream, 0, 0))
+
+No state: the numbers do not depend on the device, the batch, the rank or the order of the draws.
+`stream` tells apart the uses of one key (mask, crop, colour, second view ...).
+
+Source  Philox4x32-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+Shapes  B = samples, count = words per sample.
+Dtypes  a uint32 word travels in an int64 tensor; a key is both words in one int64: low | high << 32.
+Limits  plain PyTorch on every device. Kernels use `tl.philox`, which gives the same words.
+"""
+
+import torch
+from torch import Tensor
+
+WORD = 0xFFFFFFFF
+MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
+WEYL = 0x9E3779B9, 0xBB67AE85
+Words = Tensor | int
+
+
+def philox_4x32(key: tuple[Words, Words], counter: tuple[Words, Words, Words, Words]) -> tuple[Words, ...]:
+    """The block function: two key words and four counter words, broadcast together, to four words."""
+    k0, k1 = key
+    c0, c1, c2, c3 = counter
+    for _ in range(10):
+        # the 64-bit products wrap in int64; shifting and masking gives back their unsigned halves
+        p0, p2 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        c0, c1, c2, c3 = (p2 >> 32 & WORD) ^ c1 ^ k0, p2 & WORD, (p0 >> 32 & WORD) ^ c3 ^ k1, p0 & WORD
+        k0, k1 = k0 + WEYL[0] & WORD, k1 + WEYL[1] & WORD
+    return c0, c1, c2, c3
+
+
+def _split(x: Words) -> tuple[Words, Words]:
+    return x & WORD, x >> 32 & WORD
+
+
+def sample_keys(seed: int, epoch: int, ids_B: Tensor) -> Tensor:
+    """One key per sample id, `[B]` -> `[B]` int64: a pseudo-random function of (seed, epoch, id).
+
+    `0 <= seed < 2**64`, `0 <= epoch < 2**32`; ids are any int64. ValueError otherwise.
+    """
+    if ids_B.ndim != 1 or ids_B.dtype != torch.int64:
+        raise ValueError(f"want ids int64 [B], got {ids_B.dtype} {tuple(ids_B.shape)}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"want 0 <= seed < 2**64, got {seed}")
+    if not 0 <= epoch < 2**32:
+        raise ValueError(f"want 0 <= epoch < 2**32, got {epoch}")
+    # the last counter word is 1 here and 0 in the draws: a seed never meets a key
+    low, high, _, _ = philox_4x32(_split(seed), (*_split(ids_B), epoch, 1))
+    return low | high << 32
+
+
+def draw_uint32(keys_B: Tensor, count: int, stream: int) -> Tensor:
+    """Words 0 .. count - 1 of each key in `stream`, `[B]` -> `[B, count]` int64 in [0, 2**32).
+
+    `0 <= stream < 2**31` (the kernels pass it as int32); ValueError otherwise.
+    """
+    if keys_B.ndim != 1 or keys_B.dtype != torch.int64:
+        raise ValueError(f"want keys int64 [B], got {keys_B.dtype} {tuple(keys_B.shape)}")
+    if count < 0:
+        raise ValueError(f"want count >= 0, got {count}")
+    if not 0 <= stream < 2**31:
+        raise ValueError(f"want 0 <= stream < 2**31, got {stream}")
+    block = torch.arange((count + 3) // 4, device=keys_B.device)
+    lanes = philox_4x32(_split(keys_B[:, None]), (block, stream, 0, 0))
+    return torch.stack(lanes, dim=2).flatten(1)[:, :count]
+
+
+def draw_uniform(keys_B: Tensor, count: int, stream: int) -> Tensor:
+    """`draw_uint32` as float64 in [0, 1), in steps of 2**-32. `[B]` -> `[B, count]`."""
+    return draw_uint32(keys_B, count, stream).double() * 2.0**-32

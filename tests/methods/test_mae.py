@@ -1,0 +1,121 @@
+"""MAE against its formulas written out plainly, and what the specification says must hold."""
+
+import dataclasses
+
+import pytest
+import torch
+from fastmim_kernels import split_patches
+from fastmim_kernels.testing import assert_no_worse
+
+from fastmim.interop.mae import to_mae
+from fastmim.methods.mae import MAE, MAEConfig
+from fastmim.models.vit import ViTConfig
+from fastmim.views import Batch
+
+from .conftest import DECODER, MODEL, make_batch
+from .plain import decode, encode, patch_targets, visible_mask
+
+
+def make_mae(**changes) -> MAE:
+    torch.manual_seed(0)
+    return MAEConfig(decoder=DECODER, **changes).build(MODEL)
+
+
+def plain_loss(mae: MAE, batch: Batch, dtype: torch.dtype) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss and gradients of the plain formulation, the weights in `dtype`."""
+    w = {name: t.detach().to(dtype).requires_grad_() for name, t in to_mae(mae.state_dict()).items()}
+    (image,) = batch.views
+    seen, _ = split_patches(batch.keys_B, MODEL.num_patches, mae.num_seen)
+    visible = visible_mask(seen, MODEL.num_patches)
+    pred = decode(encode(image, visible, w, MODEL.patch, MODEL.heads), visible, w, DECODER.heads)
+    error = (pred - patch_targets(image, MODEL.patch, dtype, norm_pix=mae.config.norm_pix)).square().mean(-1)
+    loss = error[~visible].sum() / (~visible).sum()
+    loss.backward()
+    return loss.detach(), {name: t.grad for name, t in w.items() if t.grad is not None}
+
+
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_loss_and_gradients_equal_the_plain_formulation(batch, norm_pix):
+    mae = make_mae(norm_pix=norm_pix)
+    oracle, oracle_grads = plain_loss(mae, batch, torch.float64)
+    naive, naive_grads = plain_loss(mae, batch, torch.float32)
+    loss = mae(batch).loss
+    loss.backward()
+    assert_no_worse("loss", loss.detach(), oracle, naive, slack=4)
+    torch.testing.assert_close(loss.detach().double(), oracle, rtol=1e-6, atol=0)
+    parameters = dict(mae.named_parameters())
+    assert {n for n, p in parameters.items() if p.requires_grad} == {
+        n for n, p in parameters.items() if p.grad is not None
+    }
+    for name, parameter in parameters.items():
+        if parameter.requires_grad:
+            key = name.split(".", 1)[1]
+            assert_no_worse(name, parameter.grad, oracle_grads[key], naive_grads[key], slack=8)
+
+
+def test_changing_hidden_pixels_changes_the_target_only(batch):
+    mae = make_mae()
+    _, hidden = split_patches(batch.keys_B, MODEL.num_patches, mae.num_seen)
+    image = batch.views[0].clone()
+    rows, columns = hidden[:, 0] // MODEL.grid[1] * 4, hidden[:, 0] % MODEL.grid[1] * 4
+    for b, (row, column) in enumerate(zip(rows.tolist(), columns.tolist(), strict=True)):
+        image[b, row : row + 2, column : column + 4] ^= 0x5F
+    changed = dataclasses.replace(batch, views=(image,))
+    assert torch.equal(mae.reconstruct(batch).pred_BNP, mae.reconstruct(changed).pred_BNP)
+    assert mae(batch).loss != mae(changed).loss
+
+
+def test_no_gradient_flows_from_predictions_of_visible_patches(batch):
+    mae = make_mae()
+    seen, hidden = split_patches(batch.keys_B, MODEL.num_patches, mae.num_seen)
+    z = mae.encoder(batch.views[0], seen)
+    (pred,) = mae.decoder(z, (seen,))
+    pred.retain_grad()
+    hidden_pred = pred.gather(1, hidden[..., None].expand(-1, -1, pred.shape[-1]))
+    mae.pixel_loss(hidden_pred, batch.views[0], hidden).mean().backward()
+    visible = visible_mask(seen, MODEL.num_patches)
+    assert not pred.grad[visible].any()
+    assert pred.grad[~visible].any(dim=-1).all()
+    torch.testing.assert_close(mae(batch).loss, mae.pixel_loss(hidden_pred, batch.views[0], hidden).mean())
+
+
+def test_mask_is_that_of_the_sample_not_of_the_batch(batch):
+    mae = make_mae()
+    one = Batch((batch.views[0][2:3],), batch.keys_B[2:3], batch.ids_B[2:3], 0)
+    assert torch.equal(mae.reconstruct(batch).seen_BK[2:3], mae.reconstruct(one).seen_BK)
+
+
+def test_it_can_overfit_one_batch():
+    mae, batch = make_mae(), make_batch(8)
+    optimizer = torch.optim.AdamW(mae.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(60):
+        loss = mae(batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_channel_counts_and_odd_grids(size):
+    mean, std = (0.5,) * size, (0.25,) * size
+    model = ViTConfig(
+        width=16, depth=1, heads=2, patch=3, image_size=(9, 21), channels=size, mean=mean, std=std
+    )
+    mae = MAEConfig(decoder=DECODER).build(model)
+    image = torch.randint(0, 256, (2, 9, 21, size), dtype=torch.uint8)
+    batch = make_batch(2)
+    loss = mae(Batch((image,), batch.keys_B, batch.ids_B, 0)).loss
+    assert loss.isfinite()
+    assert mae.reconstruct(Batch((image,), batch.keys_B, batch.ids_B, 0)).pred_BNP.shape == (2, 21, 9 * size)
+
+
+def test_bad_ratios_are_refused():
+    with pytest.raises(ValueError, match="mask-ratio: want a ratio between 0 and 1"):
+        MAEConfig(mask_ratio=1.5)
+    with pytest.raises(ValueError, match="leaves none of 24 patches seen"):
+        MAEConfig(mask_ratio=0.99).build(MODEL)
+    with pytest.raises(ValueError, match="of 24 patches hides none"):
+        MAEConfig(mask_ratio=1e-20).build(MODEL)

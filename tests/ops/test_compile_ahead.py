@@ -1,0 +1,183 @@
+"""Every Triton kernel compiles, without a GPU, for the GPUs it is meant for, and spills no register.
+
+The compilations run in processes of their own, this file as a script: `@triton.jit` there must not see
+TRITON_INTERPRET. The launchers get meta tensors; where Triton would launch, the kernel is compiled instead,
+so that tile sizes, constants and warps are those of the real launch.
+"""
+
+import inspect
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+
+import fastmim_kernels
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+ARCHITECTURES = (80, 90, 100)  # A100, H100 and H200, B200
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+TYPES = {BF16: "*bf16", FP16: "*fp16", FP32: "*fp32", torch.uint8: "*u8", torch.int64: "*i64"}
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# side, patch, decoder width, dtypes: ViT-B/16, ViT-H/14, a tiny ViT on CIFAR
+MODELS = {
+    "B/16": (224, 16, 512, (BF16, FP16, FP32)),
+    "H/14": (224, 14, 512, (BF16, FP32)),
+    "Ti/4": (32, 4, 192, (BF16, FP32)),
+}
+IMAGES = 64
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_every_architecture_and_spills_nothing(tmp_path):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path)  # cold: what is compiled is what is here now
+    halves = [
+        subprocess.Popen(
+            [sys.executable, __file__, half],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for half in ("0", "1")
+    ]
+    rows = []
+    for script in halves:
+        out, err = script.communicate()
+        assert script.returncode == 0, err[-4000:]
+        rows += [json.loads(line) for line in out.splitlines()]
+    assert {row["kernel"] for row in rows} == kernels_of_the_package()
+    assert {row["sm"] for row in rows} == set(ARCHITECTURES)
+    assert [row for row in rows if row["STACK"] or row["LOCAL"]] == []
+    # a line of an uint8 patch of 16 pixels is read 16 bytes at a time
+    dense = [row for row in rows if row["case"].startswith("B/16 bfloat16 gather ")]
+    assert dense and all(row["vector"] == 4 for row in dense)
+
+
+def kernels_of_the_package() -> set[str]:
+    """Names of all functions that a launcher launches: by habit they end in `_kernel`."""
+    names = set()
+    for module in pkgutil.iter_modules(fastmim_kernels.__path__):
+        source = Path(module.module_finder.path, f"{module.name}.py").read_text()
+        found = re.findall(r"@triton\.jit\ndef (\w*_kernel)\(", source)
+        names |= {f"{module.name}.{function}" for function in found}
+    return names
+
+
+def cases() -> Iterator[tuple]:
+    """Name, launcher and arguments of every launch, at the shapes of every model."""
+    gather, loss, image_loss, restore, split = (
+        import_module(f"fastmim_kernels.{name}")
+        for name in (
+            "gather_patches", "norm_pix_loss", "norm_pix_loss_image", "restore_tokens", "split_patches"
+        )
+    )  # fmt: skip
+    new, int64 = torch.empty, torch.int64
+    yield "most patches split", split.launch, new(IMAGES, dtype=int64), split.MAX_N, split.MAX_N // 4, 0
+    for model, (side, patch, width, dtypes) in MODELS.items():
+        N, P = (side // patch) ** 2, patch * patch * 3
+        K, L = N // 4, N - N // 4
+        yield f"{model} split", split.launch, new(IMAGES, dtype=int64), N, K, 0
+        seen, scored = new(IMAGES, K, dtype=int64), new(IMAGES, L, dtype=int64)
+        source, bytes_ = new(IMAGES, N + 1, dtype=int64), new(IMAGES, side, side, 3, dtype=torch.uint8)
+        for dtype in dtypes:
+            name = f"{model} {str(dtype).removeprefix('torch.')}"
+            channels_first = new(IMAGES, 3, side, side, dtype=dtype).permute(0, 2, 3, 1)
+            drows, pred = new(IMAGES, K, P, dtype=dtype), new(IMAGES, L, P, dtype=dtype)
+            norm = patch, MEAN, STD
+            yield f"{name} gather bytes", gather.launch_forward, bytes_, seen, *norm, dtype
+            yield f"{name} gather floats", gather.launch_forward, channels_first, seen, *norm, dtype
+            shape = channels_first.shape
+            yield f"{name} gather back", gather.launch_backward, drows, seen, shape, dtype, patch, STD
+            dloss, rows = new(IMAGES, L), pred.flatten(0, 1)
+            yield f"{name} loss", loss.launch_forward, rows, rows.float(), True, 1e-6
+            yield f"{name} distance", loss.launch_forward, rows, rows, False, 1e-6
+            back = loss.launch_backward, dloss.flatten()
+            yield f"{name} loss back", *back, rows, rows.float(), True, 1e-6, (True, False)
+            yield f"{name} distance back", *back, rows, rows, False, 1e-6, (True, True)
+            for kind, image in {"bytes": bytes_, "floats": channels_first}.items():
+                target = image, scored, *norm, True, 1e-6
+                yield f"{name} loss of {kind}", image_loss.launch_forward, pred, *target
+                yield f"{name} loss of {kind} back", image_loss.launch_backward, dloss, pred, *target
+            vectors = new(width), new(N + 1, width)
+            tokens = new(IMAGES * (K + 1), width, dtype=dtype)
+            yield f"{name} restore", restore.launch_forward, tokens, source, *vectors
+            dout = new(IMAGES, N + 1, width, dtype=dtype)
+            for needs in ((True, True, False), (True, True, True), (False, True, False)):
+                yield f"{name} restore back", restore.launch_backward, dout, source, len(tokens), needs
+
+
+def launches_of(run: Callable[[], object]) -> list[tuple[JITFunction, dict, dict]]:
+    """The kernels that `run` launches, with arguments and options, none of them executed."""
+    caught = []
+
+    def catch(fn, *args, grid, warmup, **kwargs):
+        options = {"num_warps": kwargs.pop("num_warps", 4)}
+        caught.append((fn, inspect.signature(fn.fn).bind(*args, **kwargs).arguments, options))
+
+    real, JITFunction.run = JITFunction.run, catch
+    try:
+        run()
+    finally:
+        JITFunction.run = real
+    return caught
+
+
+def describe(fn: JITFunction, arguments: dict) -> ASTSource:
+    """Signature, constants and alignments, by Triton's own rules for a launch."""
+    signature, constants, aligned = {}, {}, {}
+    for i, param in enumerate(fn.params):
+        value = arguments[param.name]
+        if isinstance(value, torch.Tensor):
+            signature[param.name] = TYPES[value.dtype]
+        elif param.is_constexpr or (isinstance(value, int) and value == 1):
+            signature[param.name], constants[param.name] = "constexpr", value
+        else:
+            signature[param.name] = "fp32" if isinstance(value, float) else "i32"
+        if isinstance(value, torch.Tensor) or (signature[param.name] == "i32" and value % 16 == 0):
+            aligned[(i,)] = [["tt.divisibility", 16]]  # CUDA's allocator aligns to 512 bytes
+    return ASTSource(fn, signature, constants, aligned)
+
+
+def resources(kernel) -> dict[str, int]:
+    """Registers, stack and local memory (spills), as the compiled binary itself declares them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        command = [CUOBJDUMP, "--dump-resource-usage", cubin.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    assert set(usage) == {"REG", "STACK", "LOCAL"}, text
+    assert usage["REG"] > 0, text
+    return usage
+
+
+def main(half: int) -> None:
+    torch.set_default_device("meta")
+    for case, launcher, *arguments in islice(cases(), half, None, 2):
+        launches = launches_of(lambda f=launcher, a=arguments: f(*a))
+        assert launches, f"{case}: nothing was launched"
+        for fn, bound, options in launches:
+            kernel_name = f"{fn.fn.__module__.removeprefix('fastmim_kernels.')}.{fn.fn.__name__}"
+            for sm in ARCHITECTURES:
+                kernel = triton.compile(describe(fn, bound), GPUTarget("cuda", sm, 32), options)
+                widths = re.findall(r"ld\.global\S*\.v(\d)\.", kernel.asm["ptx"])
+                row = {"case": case, "kernel": kernel_name, "sm": sm, **resources(kernel)}
+                print(json.dumps({**row, "vector": max(map(int, widths), default=1)}), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,59 @@
+"""The repository keeps its shape: no name that hides another package, arrows one way, formatting."""
+
+import subprocess
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+
+
+def names(folder: Path) -> set[str]:
+    return {p.stem for p in folder.iterdir() if p.suffix == ".py" or p.is_dir()}
+
+
+def test_nothing_in_fastmim_hides_another_package():
+    # `deepspeed fastmim/train.py` puts fastmim/ first on sys.path: fastmim/logging.py would be `logging`
+    taken = set(sys.stdlib_module_names) | set(packages_distributions())
+    assert names(ROOT / "fastmim") & taken <= {"__init__", "__pycache__"}
+
+
+def test_no_folder_called_kernels_is_a_package():
+    # Hugging Face publishes a package called `kernels`; ours is fastmim_kernels
+    assert [*ROOT.glob("kernels/__init__.py"), *ROOT.glob("*/kernels/__init__.py")] == []
+
+
+@pytest.mark.parametrize(
+    "command", [["lint-imports"], ["ruff", "check", "."], ["ruff", "format", "--check", "."]], ids=" ".join
+)
+def test_tools_agree(command):
+    tool = BIN / command[0]
+    if not tool.exists():
+        pytest.skip(f"{command[0]} is not installed beside {sys.executable}")
+    run = subprocess.run([tool, *command[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_the_kernels_need_nothing_but_torch_and_triton():
+    code = "import sys, fastmim_kernels; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"fastmim", "deepspeed", "xformers", "nvidia", "PIL", "tyro", "safetensors", "tensorboard"}
+    assert set(run.stdout.split()) & heavy == set()
+
+
+def test_help_imports_no_engine():
+    """--help and a refused flag answer within a second or two: DeepSpeed and DALI take several."""
+    code = (
+        "import sys; sys.argv = ['train', '--help']\n"
+        "from fastmim.train import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print('LOADED', *sorted({m.split('.')[0] for m in sys.modules}))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(run.stdout.split("LOADED")[1].split())
+    assert loaded & {"deepspeed", "nvidia", "matplotlib"} == set()
+    assert "--method.mask-ratio" in run.stdout
