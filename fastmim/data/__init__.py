@@ -1,8 +1,18 @@
 """Images in, uint8 views out: sources, sample order, crops, decoders, the loader. Knows no method."""
 
 from fastmim.data.config import DataConfig
-from fastmim.data.loader import Loader
+from fastmim.data.decoder import check_decoder, why_no_dali
+from fastmim.data.loader import BadImages, Loader
 from fastmim.data.order import SampleOrder
 from fastmim.data.source import Images, find_images
 
-__all__ = ["DataConfig", "Images", "Loader", "SampleOrder", "find_images"]
+__all__ = [
+    "BadImages",
+    "DataConfig",
+    "Images",
+    "Loader",
+    "SampleOrder",
+    "check_decoder",
+    "find_images",
+    "why_no_dali",
+]

@@ -32,7 +32,7 @@ def draw_boxes(keys_B: Tensor, sizes_B2: np.ndarray, view: View) -> tuple[np.nda
     aspect = np.exp(_between(tries[:, :, 1], np.log(view.ratio)))
     w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
     fits = (w > 0) & (w <= width_B[:, None]) & (h > 0) & (h <= height_B[:, None])
-    first_B = fits.argmin(axis=1)
+    first_B = fits.argmax(axis=1)
     rows = np.arange(len(first_B))
     found_B = fits[rows, first_B]
 

@@ -58,20 +58,32 @@ def make_decoder(
     depth: int,
     device: torch.device,
 ) -> Decoder:
-    """The decoder called `name`. ValueError if it is not installed: another one is never taken instead."""
-    if channels not in (1, 3):
-        raise ValueError(f"want 1 (grey) or 3 (RGB) channels of an image file, got {channels}")
+    """The decoder called `name`. Raises what `check_decoder` raises."""
+    check_decoder(name, channels)
     if name == "pillow":
         from fastmim.data.pillow import PillowDecoder
 
         return PillowDecoder(
             views, batch=batch, channels=channels, threads=threads, depth=depth, device=device
         )
-    try:
-        from fastmim.data.dali import DaliDecoder
-    except ImportError as error:
-        raise ValueError(
-            f"the decoder dali needs the package nvidia-dali-cuda130, which cannot be imported ({error});"
-            " install it or choose --data.decoder pillow"
-        ) from None
+    from fastmim.data.dali import DaliDecoder
+
     return DaliDecoder(views, batch=batch, channels=channels, threads=threads, depth=depth, device=device)
+
+
+def check_decoder(name: DecoderName, channels: int) -> None:
+    """ValueError if the decoder cannot serve. Another one is never taken instead."""
+    if channels not in (1, 3):
+        raise ValueError(f"model.channels: image files give 1 (grey) or 3 (RGB), got {channels}")
+    obstacle = why_no_dali() if name == "dali" else None
+    if obstacle:
+        raise ValueError(f"data.decoder: want dali, but {obstacle}; install it or choose --data.decoder pillow")
+
+
+def why_no_dali() -> str | None:
+    """What keeps DALI from being used here, or None if nothing does."""
+    try:
+        import fastmim.data.dali  # noqa: F401  its one door
+    except ImportError as error:
+        return f"the package nvidia-dali-cuda130 cannot be imported ({error})"
+    return None

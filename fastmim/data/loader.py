@@ -51,10 +51,14 @@ class Micro:
     reads: list[Read]
 
 
+class BadImages(ValueError):
+    """Too many files cannot be decoded."""
+
+
 class Loader:
     """Iterator over the `Batch`es of one rank. Close it, or use it in a `with`.
 
-    ValueError when more files are bad than `config` allows.
+    BadImages when more files are bad than `config` allows.
     """
 
     def __init__(
@@ -194,7 +198,7 @@ class Loader:
             self._decoder.submit(self._request(micro))
 
     def _report(self, sample_id: int, reason: str, micro: Micro) -> None:
-        """Write a bad file down. ValueError if there are too many of them."""
+        """Write a bad file down. BadImages if there are too many of them."""
         self._bad.add(sample_id)
         row = {
             "path": self._images.names[sample_id],
@@ -210,7 +214,7 @@ class Loader:
         num_samples = len(self._images)
         limit = self._config.bad_limit(num_samples)
         if len(self._bad) > limit or len(self._bad) == num_samples:
-            raise ValueError(
+            raise BadImages(
                 f"{len(self._bad)} of {num_samples} images cannot be decoded, more than the {limit} allowed"
                 f" (data.max_bad_fraction = {self._config.max_bad_fraction}); each is named in"
                 f" {self._bad_samples}, the last: {row['path']}: {reason}"

@@ -12,7 +12,6 @@ Find    rank 0 decides, all ranks follow. What does not match its checksums is n
 Limits  one folder that all ranks see, one run at a time in it. A rename must be atomic there.
 """
 
-import errno
 import hashlib
 import json
 import logging
@@ -26,6 +25,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fastmim.engine.durable import (
+    Damaged,
+    check,
+    describe,
+    explain_full_disk,
+    file_names,
+    fsync,
+    full_disk,
+    replace_text,
+    seal,
+    unseal,
+)
 from fastmim.engine.ranks import RankError, Ranks
 
 log = logging.getLogger("fastmim")
@@ -35,7 +46,6 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 POINTER = "latest"
 THREADS = 8  # for fsync and SHA-256, both of which release the GIL
-NEARLY_FULL = 1 << 20  # bytes: a write that fails with less than this left failed for want of room
 
 
 class CheckpointError(RuntimeError):
@@ -98,11 +108,11 @@ class Checkpoints:
             raise ValueError(f"want step >= 0, got {step}")
         tmp = self.folder / f".tmp-{_name((step, 0))}"
         doing = f"saving step {step} to {self.folder}"
-        explained = partial(_explain_full_disk, tmp, need_bytes)
+        explained = partial(explain_full_disk, tmp, need_bytes)
         try:
             self._from_main(lambda: explained(lambda: self._make(tmp, facts, need_bytes)), doing)
-            self._together(lambda: explained(lambda: _write(tmp, write)), doing)
-            names = self._from_main(lambda: _names(tmp), doing)
+            self._together(lambda: explained(lambda: write(tmp)), doing)
+            names = self._from_main(lambda: file_names(tmp), doing)
             share = self._together(lambda: explained(lambda: self._settle(tmp, names)), doing)
             files = {name: entry for share in self.ranks.gather(share) for name, entry in share.items()}
             body = {"format": FORMAT, "step": step, "world": self.ranks.world, "facts": facts, "files": files}
@@ -113,14 +123,14 @@ class Checkpoints:
             raise
 
     def _make(self, tmp: Path, facts: dict[str, Any], need_bytes: int | None) -> None:
-        _seal({"facts": facts})  # facts that JSON cannot hold are refused before anything is written
+        seal({"facts": facts})  # facts that JSON cannot hold are refused before anything is written
         self.folder.mkdir(parents=True, exist_ok=True)
-        _fsync(self.folder.parent)
+        fsync(self.folder.parent)
         for left_over in [*self.folder.glob(".tmp-*"), *self.folder.glob(".trash-*")]:
             shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
         free = shutil.disk_usage(self.folder).free
         if need_bytes is not None and free < need_bytes:
-            raise CheckpointError(_full_disk(tmp, f"{need_bytes:,}", free))
+            raise CheckpointError(full_disk(tmp, need_bytes, free))
         tmp.mkdir()
 
     def _settle(self, tmp: Path, names: list[str]) -> dict[str, dict[str, Any]]:
@@ -131,19 +141,19 @@ class Checkpoints:
             if self.ranks.local_rank == 0:  # written pages are kept by the node, whichever rank wrote them
                 paths = {tmp / name for name in names}
                 folders = {parent for path in paths for parent in path.parents if parent.is_relative_to(tmp)}
-                synced = [pool.submit(_fsync, path) for path in paths | folders]
-            entries = dict(zip(share, pool.map(_describe, (tmp / name for name in share)), strict=True))
+                synced = [pool.submit(fsync, path) for path in paths | folders]
+            entries = dict(zip(share, pool.map(describe, (tmp / name for name in share)), strict=True))
             for future in synced:
                 future.result()
         return entries
 
     def _publish(self, tmp: Path, body: dict[str, Any]) -> Path:
-        _replace_text(tmp / MANIFEST, _seal(body))
+        replace_text(tmp / MANIFEST, seal(body))
         taken = [attempt for step, attempt in self._keys() if step == body["step"]]
         key = (body["step"], max(taken, default=-1) + 1)
         os.rename(tmp, self.folder / _name(key))
-        _fsync(self.folder)
-        _replace_text(self.folder / POINTER, _pointer(_name(key)))
+        fsync(self.folder)
+        replace_text(self.folder / POINTER, _pointer(_name(key)))
         try:
             self._prune(key)
         except OSError as error:  # the new checkpoint stands; the next save tries again
@@ -163,7 +173,7 @@ class Checkpoints:
             trash.append(self.folder / f".trash-{_name(key)}")
             os.rename(self.folder / _name(key), trash[-1])
         if trash:
-            _fsync(self.folder)  # out of sight for good before the first file goes
+            fsync(self.folder)  # out of sight for good before the first file goes
         for path in trash:
             shutil.rmtree(path)
 
@@ -246,3 +256,56 @@ class Checkpoints:
     def _from_main(self, fn: Callable[[], T], doing: str) -> T:
         """Run `fn` on rank 0 alone: its value, or its error, on all ranks."""
         return self.ranks.broadcast(self._together(fn if self.ranks.is_main else lambda: None, doing))
+
+
+# --- names and manifests -----------------------------------------------------------------------------
+
+
+def _name(key: tuple[int, int]) -> str:
+    step, attempt = key
+    return f"step-{step:08d}" + (f".{attempt}" if attempt else "")
+
+
+def _key(name: str) -> tuple[int, int] | None:
+    """(step, attempt) of a checkpoint's folder by its name; None for any other name."""
+    match = re.fullmatch(r"step-(\d{8,})(?:\.([1-9]\d*))?", name)
+    return None if match is None else (int(match[1]), int(match[2] or 0))
+
+
+def _pointer(name: str) -> str:
+    return f"{name} {hashlib.sha256(name.encode()).hexdigest()}\n"
+
+
+def _open(path: Path) -> tuple[Checkpoint, dict[str, dict[str, Any]]]:
+    """A checkpoint by its manifest, and the files that it lists; they are not looked at."""
+    try:
+        body = unseal(path / MANIFEST)
+    except Damaged as error:
+        raise CheckpointError(str(error)) from error
+    if body["format"] != FORMAT:
+        raise CheckpointError(f"{path} has format {body['format']}, this version reads {FORMAT}")
+    return Checkpoint(body["step"], path, body["world"], body["facts"]), body["files"]
+
+
+def _verify(path: Path) -> Checkpoint:
+    """The checkpoint, every byte of it compared with its manifest."""
+    found, files = _open(path)
+    with ThreadPoolExecutor(THREADS) as pool:
+        checks = [pool.submit(check, path / name, entry) for name, entry in files.items()]
+        try:
+            for done in checks:
+                done.result()
+        except Damaged as error:
+            raise CheckpointError(str(error)) from error
+    return found
+
+
+def _flat(facts: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested facts by dotted name."""
+    flat: dict[str, Any] = {}
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

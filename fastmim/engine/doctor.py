@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from fastmim_kernels.attention import choose_attention, xformers_version
+from fastmim_kernels.attention import choose_attention
 
 PACKAGES = (
     "fastmim", "torch", "triton", "numpy", "xformers", "deepspeed", "nvidia-dali-cuda130", "pillow",
@@ -53,7 +53,7 @@ def devices() -> list[dict[str, Any]]:
 
 def choices() -> dict[str, dict[str, str | bool]]:
     """Each part a run chooses among: what it would use here with its defaults, and why."""
-    from fastmim.data.dali import why_no_dali
+    from fastmim.data import why_no_dali
     from fastmim.optim.apex import find_fused_adam
 
     cuda = torch.cuda.is_available()

@@ -53,6 +53,7 @@ def draw_loss(metrics_jsonl: Path, png: Path) -> None:
     if "lr" in columns:
         lr_axis.plot(steps, columns["lr"], color="black", linewidth=1, marker=_marker(steps))
     lr_axis.set_ylabel("learning rate")
+    lr_axis.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     lr_axis.set_xlabel("step (updates of the weights)")
     for axis in (loss_axis, lr_axis):
         axis.grid(alpha=0.3)

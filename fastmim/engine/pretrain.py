@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastmim.data import Images, Loader, SampleOrder, find_images
+from fastmim.data import BadImages, Images, Loader, SampleOrder, check_decoder, find_images
 from fastmim.data.sample import sample_set
 from fastmim.engine.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from fastmim.engine.config import Plan, Run, as_dict, fingerprint, make_plan, run_facts
@@ -25,12 +25,13 @@ from fastmim.engine.pictures import draw_loss, draw_reconstruction
 from fastmim.engine.ranks import RankError, Ranks
 from fastmim.interop.mae import ENCODER, encoder_metadata, from_mae, part_of, read_weights, to_mae
 from fastmim.methods.base import Method
+from fastmim.optim import check_optimizer
 from fastmim.views import Batch
 
 log = logging.getLogger("fastmim")
 
 REFUSALS = (ValueError, ImportError, RankError, CheckpointError)  # of `prepare`
-ENDINGS = (NonFinite, CheckpointError)  # of `train`
+ENDINGS = (NonFinite, CheckpointError, BadImages)  # of `train`
 
 
 def device_type() -> str:
@@ -64,6 +65,8 @@ def prepare(run: Run) -> Prepared:
     done.
     """
     device = device_type()
+    check_decoder(run.data.decoder, run.model.channels)
+    check_optimizer(run.optim)
     ranks = start_process_group(device)
     images = ranks.all_succeed(lambda: images_of(run), "finding the images")
     plan = make_plan(run, images, world=ranks.world, device=device)
@@ -89,7 +92,9 @@ def train(p: Prepared, *, arguments: list[str] | None = None) -> None:
         describe(p)
     engine = wrap(p.method, run, plan)
     start_step = restore(engine, p.found, ranks) if p.found else 0
-    order = SampleOrder(len(p.images), run.batch, run.accumulate, ranks.world, ranks.rank, run.seed)
+    order = SampleOrder(
+        len(p.images), run.batch, accumulate=run.accumulate, world=ranks.world, rank=ranks.rank, seed=run.seed
+    )
     metrics = Metrics(p.run_dir, plan, ranks, log_every=run.log_every, batch=run.batch, start_step=start_step)
 
     def save(step: int) -> None:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from fastmim.optim.apex import apex_adamw
+from fastmim.optim.apex import apex_adamw, find_fused_adam
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,12 @@ class OptimConfig:
 def torch_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
     """torch's AdamW, fused into one pass over the parameters, on CPU as on CUDA."""
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+
+
+def check_optimizer(config: OptimConfig) -> None:
+    """ImportError if the optimizer asked for cannot be had here."""
+    if config.name == "apex":
+        find_fused_adam()
 
 
 OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], OptimConfig], torch.optim.Optimizer]] = {

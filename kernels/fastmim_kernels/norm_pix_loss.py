@@ -51,7 +51,11 @@ def residual(p, t, exist, eps, D: tl.constexpr, NORMALIZE: tl.constexpr):
     """`p - t_hat` of [rows, cols] fp32, zero where no value exists. norm_pix_loss_image shares it."""
     if NORMALIZE:
         centred = tl.where(exist, t - tl.sum(t, axis=1)[:, None] / D, 0.0)
-        var = tl.sum(centred * centred, axis=1) / (D - 1)
+        # The rounding of the mean is found in what it left and taken back: in a flat patch it would be all
+        # that remains, and 1 / sqrt(eps) would raise it a thousandfold.
+        rest = tl.sum(centred, axis=1) / D
+        var = (tl.sum(centred * centred, axis=1) - D * rest * rest) / (D - 1)
+        centred = tl.where(exist, centred - rest[:, None], 0.0)
         return p - centred / tl.sqrt(var + eps)[:, None]
     else:
         return p - t

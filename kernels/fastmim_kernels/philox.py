@@ -12,13 +12,15 @@ Dtypes  a uint32 word travels in an int64 tensor; a key is both words in one int
 Limits  plain PyTorch on every device. Kernels use `tl.philox`, which gives the same words.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 WORD = 0xFFFFFFFF
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 WEYL = 0x9E3779B9, 0xBB67AE85
-Words = Tensor | int
+Words = Any  # an int64 tensor of uint32 words, or one such word as a plain int
 
 
 def philox_4x32(key: tuple[Words, Words], counter: tuple[Words, Words, Words, Words]) -> tuple[Words, ...]:

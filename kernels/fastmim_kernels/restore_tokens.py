@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-SPLIT = 64  # samples summed by one program of the backward: fixed, so that the sums never change order
+SPLIT = 64  # samples summed by one program of the backward, at most; their order depends on B alone
 
 
 # --- reference: the definition, and the oracle of the tests -------------------------------------
@@ -111,15 +111,15 @@ def launch_backward(
     """Gradients of tokens (in dout's dtype), mask token and pos (fp32); empty where not needed."""
     B, N, D = dout.shape
     need_tokens, need_mask, need_pos = needs
-    shares = triton.cdiv(B, SPLIT)
+    tile = _tile(D, 2048)  # half of the forward's: the two sums live in registers
+    split = min(SPLIT, max(tile["ROWS"], triton.next_power_of_2(B)))
+    shares = triton.cdiv(B, split)
     dtokens = torch.zeros(num_tokens if need_tokens else 0, D, dtype=dout.dtype, device=dout.device)
-    sums = {"dtype": torch.float32, "device": dout.device}
-    mask_sum = torch.empty(shares if need_mask else 0, N, D, **sums)
-    pos_sum = torch.empty(shares if need_pos else 0, N, D, **sums)
-    tile = _tile(D, 2048)  # half of that: the two sums live in registers
+    mask_sum = torch.empty(shares if need_mask else 0, N, D, dtype=torch.float32, device=dout.device)
+    pos_sum = torch.empty(shares if need_pos else 0, N, D, dtype=torch.float32, device=dout.device)
     _backward_kernel[(N, triton.cdiv(D, tile["COLS"]), shares)](
         dout.contiguous(), source.contiguous(), dtokens, mask_sum, pos_sum, B, N,
-        NEED_TOKENS=need_tokens, NEED_MASK=need_mask, NEED_POS=need_pos, D=D, SPLIT=SPLIT, **tile,
+        NEED_TOKENS=need_tokens, NEED_MASK=need_mask, NEED_POS=need_pos, D=D, SPLIT=split, **tile,
     )  # fmt: skip
     return dtokens, mask_sum.sum((0, 1)), pos_sum.sum(0)
 

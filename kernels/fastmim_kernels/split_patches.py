@@ -47,18 +47,24 @@ def _words(key, stream, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _kernel(keys_ptr, seen_ptr, hidden_ptr, key_stride, N, K, stream, BLOCK_N: tl.constexpr):
+def _kernel(
+    keys_ptr, seen_ptr, hidden_ptr, key_stride, N, K, stream, BLOCK_N: tl.constexpr, INDEX_BITS: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK_N)
-    rank = (_words(tl.load(keys_ptr + row * key_stride), stream, BLOCK_N) << 16) | n
-    rank = tl.where(n < N, rank, 1 << 62)  # padding sorts last
-    # the K-th smallest; -1, below every rank, when nothing is seen
-    last_seen = tl.max(tl.where(n < K, tl.sort(rank), -1))
-    seen = rank <= last_seen
+    rank = (_words(tl.load(keys_ptr + row * key_stride), stream, BLOCK_N) << INDEX_BITS) | n
+    rank = tl.where(n < N, rank, 1 << 62)  # padding comes last
+    # The largest bound with at most K ranks below it, bit by bit from the top: a count per bit is less
+    # work than a sort. INDEX_BITS leaves room above the last index, so that all can be below.
+    bound = tl.full([], 0, tl.int64)
+    for i in range(32 + INDEX_BITS):
+        higher = bound | (tl.full([], 1, tl.int64) << (31 + INDEX_BITS - i))
+        bound = tl.where(tl.sum((rank < higher).to(tl.int32)) <= K, higher, bound)
+    seen = rank < bound
     before = tl.cumsum(seen.to(tl.int32)) - seen.to(tl.int32)  # seen patches left of this one
     index = n.to(tl.int64)
     tl.store(seen_ptr + row * K + before, index, mask=seen)
-    tl.store(hidden_ptr + row * (N - K) + n - before, index, mask=(n < N) & (rank > last_seen))
+    tl.store(hidden_ptr + row * (N - K) + n - before, index, mask=(n < N) & (rank >= bound))
 
 
 def launch(keys: Tensor, num_patches: int, num_seen: int, stream: int) -> tuple[Tensor, Tensor]:
@@ -67,7 +73,7 @@ def launch(keys: Tensor, num_patches: int, num_seen: int, stream: int) -> tuple[
     hidden = torch.empty(B, num_patches - num_seen, dtype=torch.int64, device=keys.device)
     _kernel[(B,)](
         keys, seen, hidden, keys.stride(0), num_patches, num_seen, stream,
-        BLOCK_N=block, num_warps=min(16, max(1, block // 128)),
+        BLOCK_N=block, INDEX_BITS=block.bit_length(), num_warps=max(1, block // 256),
     )  # fmt: skip
     return seen, hidden
 

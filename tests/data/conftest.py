@@ -66,13 +66,14 @@ def open_loader(tmp_path) -> Iterator[Callable[..., Loader]]:
         views: Sequence[View] = (View(size=(16, 16)),),
         channels: int = 3,
         start_step: int = 0,
+        max_bad_fraction: float = 0.01,
         **order: int,
     ) -> Loader:
         loader = Loader(
             images,
             views,
             SampleOrder(len(images), batch, seed=3, **order),
-            config=DataConfig(decoder=decoder, threads=2),
+            config=DataConfig(decoder=decoder, threads=2, max_bad_fraction=max_bad_fraction),
             channels=channels,
             seed=3,
             device=torch.device("cpu"),

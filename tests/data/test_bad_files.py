@@ -101,9 +101,11 @@ def test_too_many_end_the_run(folder, tmp_path, open_loader, decoder):
 
 
 @pytest.mark.parametrize("kind", ["zeros", "truncated png"])
-def test_a_folder_without_a_good_file(kind, tmp_path, open_loader, decoder):
+@pytest.mark.parametrize("max_bad_fraction", [0.01, 1.0])
+def test_a_folder_without_a_good_file(kind, max_bad_fraction, tmp_path, open_loader, decoder):
     (tmp_path / "all").mkdir()
     for name in "abc":
         (tmp_path / "all" / f"{name}.jpg").write_bytes(BAD[kind])
-    with pytest.raises(ValueError, match=r"of 3 images cannot be decoded"):
-        next(open_loader(find_images(tmp_path / "all"), decoder, batch=2))
+    images = find_images(tmp_path / "all")
+    with pytest.raises(ValueError, match="of 3 images cannot be decoded"):
+        next(open_loader(images, decoder, batch=2, max_bad_fraction=max_bad_fraction))

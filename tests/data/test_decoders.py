@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastmim.data import find_images
+from fastmim.data import find_images, why_no_dali
 from fastmim.data.crop import crops_of, draw_boxes
 from fastmim.data.decoder import Rejected, Request, make_decoder
 from fastmim.data.header import BadImage, image_size
@@ -200,11 +200,14 @@ def test_bytes_after_the_end_are_borne(decoder):
 
 
 def test_refuses_channels_and_says_what_a_missing_dali_needs(monkeypatch):
+    pytest.importorskip("nvidia.dali")
+    assert why_no_dali() is None
     settings = {"batch": 1, "threads": 1, "depth": 1, "device": torch.device("cpu")}
     with pytest.raises(ValueError, match="1 .grey. or 3 .RGB. channels"):
         make_decoder("pillow", [View(size=(8, 8))], channels=4, **settings)
     monkeypatch.delitem(sys.modules, "fastmim.data.dali", raising=False)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    assert "nvidia-dali" in why_no_dali()
     with pytest.raises(ValueError, match="nvidia-dali.*--data.decoder pillow"):
         make_decoder("dali", [View(size=(8, 8))], channels=3, **settings)
 

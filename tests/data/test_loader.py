@@ -110,14 +110,8 @@ def test_the_order_must_be_of_these_images(folder, tmp_path):
         )  # fmt: skip
 
 
-def test_config_refuses_and_fills_in(monkeypatch):
-    assert DataConfig().normalisation(3)[0] == (0.485, 0.456, 0.406)
-    assert DataConfig().normalisation(1) == ((0.449,), (0.226,))
-    assert DataConfig(mean=(0.5,) * 4, std=(0.5,) * 4).normalisation(4) == ((0.5,) * 4, (0.5,) * 4)
-    for channels, config in [(3, DataConfig(mean=(0.5,))), (4, DataConfig())]:
-        with pytest.raises(ValueError, match=f"of {channels} channels"):
-            config.normalisation(channels)
-    for wrong in ({"threads": 0}, {"prefetch": 0}, {"max_bad_fraction": 1.5}, {"std": (0.0,)}):
+def test_config_refuses_and_shares_the_cores(monkeypatch):
+    for wrong in ({"threads": 0}, {"prefetch": 0}, {"max_bad_fraction": 1.5}):
         with pytest.raises(ValueError, match=f"data.{next(iter(wrong))}"):
             DataConfig(**wrong)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(12)))

@@ -12,10 +12,10 @@ from fastmim_kernels.testing import assert_no_worse
 
 BYTES, FP32, BF16, FP16 = torch.uint8, torch.float32, torch.bfloat16, torch.float16
 MEANS, STDS = (0.485, 0.456, 0.406, 0.3), (0.229, 0.224, 0.225, 0.5)
-# B, H, W, C, patch, L: 147 of ViT-B/16's 196 patches are scored; ViT-H/14; patch 4, not square, 6 x 10 patches,
-# two programs of rows; grey; four channels; every patch of one image
+# B, H, W, C, patch, L: 147 of ViT-B/16's 196 patches are scored; ViT-H/14; patch 4, not square, 6 x 10
+# patches, two programs of rows; grey; four channels; every patch of one image
 CASES = [
-    (2, 224, 224, 3, 16, 147),
+    (1, 224, 224, 3, 16, 147),
     (2, 56, 56, 3, 14, 9),
     (3, 24, 40, 3, 4, 23),
     (2, 32, 32, 1, 8, 5),
@@ -27,7 +27,7 @@ CASES = [
 def make_inputs(B, H, W, C, patch, L, image_dtype, dtype, device):
     rng = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (B, H, W, C), generator=rng, dtype=BYTES)
-    image[0] = 77  # flat patches: all that varies is the normalisation of the channels
+    image[0, : H // 2] = 77  # flat patches: what varies is the normalisation of the channels, if anything
     count, P = (H // patch) * (W // patch), patch * patch * C
     index = torch.stack([torch.randperm(count, generator=rng)[:L] for _ in range(B)])
     pred, dloss = torch.randn(B, L, P, generator=rng), torch.randn(B, L, generator=rng)
@@ -93,6 +93,7 @@ def test_strides_do_not_matter(device):
     )
 
 
+@pytest.mark.filterwarnings("ignore:var_mean")  # of no values
 def test_nothing_to_score(device):
     pred, image, index, norm, dloss = make_inputs(2, 8, 8, 3, 4, 2, BYTES, FP32, device)
     for none in ((slice(0), slice(None)), (slice(None), slice(0))):

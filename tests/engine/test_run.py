@@ -1,0 +1,182 @@
+"""A whole run in one process: what it leaves, what it refuses, and methods the engine has never heard of."""
+
+import json
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import nn
+
+from fastmim.engine.config import make_plan
+from fastmim.engine.deepspeed import deepspeed_dictionary
+from fastmim.engine.metrics import NonFinite
+from fastmim.engine.pretrain import images_of, prepare, train
+from fastmim.methods.base import Method, MethodConfig, Output
+from fastmim.models.vit import Encoder
+from fastmim.views import View
+from tests.engine.conftest import tiny_run
+
+
+@pytest.mark.parametrize(("method", "decoder"), [("mae", "dali"), ("rmae", "pillow")])
+def test_what_a_run_leaves(images, tmp_path, method, decoder):
+    run = tiny_run(images, tmp_path, method)
+    run = replace(run, data=replace(run.data, decoder=decoder))
+    train(prepare(run), arguments=["--method", method])
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert rows[0]["lr"] == 0.0
+    assert all(0 < row["loss"] < 10 for row in rows)
+    assert {"images_per_s", "data_wait", "seconds"} <= rows[1].keys()
+    if method == "rmae":
+        assert rows[0]["loss"] == pytest.approx(rows[0]["distance"] + rows[0]["anchor"], rel=1e-5)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["run"]["method"]["name"] == method
+    assert config["plan"]["steps_per_epoch"] == 9
+    assert config["arguments"] == ["--method", method]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").glob("step-*")) == [
+        "step-00000005",
+        "step-00000010",
+    ]
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+    for name in ("loss.png", "reconstruction.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert min(picture.size) > 50
+    with safe_open(tmp_path / "encoder.safetensors", "pt") as file:
+        assert "blocks.0.attn.qkv.weight" in file.keys()  # noqa: SIM118
+        assert not any(name.startswith("decoder") for name in file.keys())  # noqa: SIM118
+        assert file.metadata()["patch"] == "4"
+
+
+def test_accumulation_gives_the_same_steps(images, tmp_path):
+    losses = []
+    for accumulate in (1, 4):
+        folder = tmp_path / str(accumulate)
+        train(prepare(tiny_run(images, folder, accumulate=accumulate, zero=0)))
+        losses.append(
+            [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        )
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_init_from_a_run_and_what_it_costs_to_be_another_model(images, tmp_path):
+    train(prepare(tiny_run(images, tmp_path / "a", steps=3)))
+    p = prepare(tiny_run(images, tmp_path / "b", "mae", init_from=tmp_path / "a"))
+    with safe_open(tmp_path / "a" / "model.safetensors", "pt") as file:
+        assert torch.equal(p.method.encoder.norm.bias, file.get_tensor("norm.bias"))
+        assert p.method.encoder.norm.bias.any()
+    run = tiny_run(images, tmp_path / "c", init_from=tmp_path / "a")
+    with pytest.raises(Exception, match="is a checkpoint of another model or method"):
+        prepare(replace(run, model=replace(run.model, depth=2)))
+
+
+def test_dictionary_for_deepspeed_is_whole(images, tmp_path):
+    run = tiny_run(images, tmp_path)
+    plan = make_plan(run, images_of(run), world=1, device="cpu")
+    written = deepspeed_dictionary(run, plan)
+    assert written["gradient_clipping"] == 0.0  # DeepSpeed's own default is 1.0
+    assert written["zero_optimization"]["stage"] == 1
+    assert written["bf16"] == {"enabled": False}
+    cuda = make_plan(run, images_of(run), world=4, device="cuda")
+    assert (cuda.precision, cuda.micro_batch) == ("bf16", 2)
+    assert deepspeed_dictionary(run, cuda)["bf16"] == {"enabled": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "world", "message"),
+    [
+        ({"batch": 10}, 4, r"want a multiple of ranks \* accumulate = 4 \* 1, got 10"),
+        ({"batch": 8, "accumulate": 3}, 1, r"1 \* 3, got 8"),
+        ({"batch": 73}, 1, "want at most the 72 images there are, got 73"),
+    ],
+)
+def test_batches_that_do_not_fit_are_refused(images, tmp_path, changes, world, message):
+    run = tiny_run(images, tmp_path, **changes)
+    with pytest.raises(ValueError, match=message):
+        make_plan(run, images_of(run), world=world, device="cpu")
+
+
+def test_nothing_is_left_out_or_changed_in_silence(images, tmp_path):
+    run = tiny_run(images, tmp_path, batch=7, steps=20)
+    plan = make_plan(run, images_of(run), world=1, device="cpu")
+    assert plan.left_out == 2
+    assert any("2 of 72 images" in note for note in plan.notes)
+    run = tiny_run(images, tmp_path, steps=5)
+    plan = make_plan(run, images_of(run), world=1, device="cpu")
+    assert plan.warmup_steps == 1.0
+    assert any("warm-up of 1 epochs does not fit in 5 steps" in note for note in plan.notes)
+
+
+# --- methods the engine has never heard of ------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiameseConfig(MethodConfig):
+    """Two crops of two sizes and an EMA teacher: what iBOT, DINO and MoCo v3 ask of the engine."""
+
+    name: ClassVar[str] = "siamese"
+
+    def build(self, model):
+        return Siamese(model)
+
+
+class Siamese(Method):
+    def __init__(self, model):
+        super().__init__()
+        self.views = (View(size=(16, 16), crop=0), View(size=(8, 8), crop=1, scale=(0.05, 0.3)))
+        self.encoder, self.teacher = Encoder(model), Encoder(model)
+        self.teacher.load_state_dict(self.encoder.state_dict())
+        self.teacher.requires_grad_(False)
+        self.head = nn.Linear(model.width, 4)
+        self.progress = []
+
+    def forward(self, batch):
+        large, small = batch.views
+        assert large.shape[1:] == (16, 16, 3)
+        assert small.shape[1:] == (8, 8, 3)
+        everything = torch.arange(16).expand(len(large), 16)
+        with torch.no_grad():
+            target = self.teacher(large, everything)[:, 0]
+        online = self.encoder(large, everything[:, :4])[:, 0]
+        loss = (online - target).square().mean() + self.head(online).square().mean()
+        return Output(loss.float(), {"target": target.float().mean()})
+
+    @torch.no_grad()
+    def after_step(self, progress):
+        self.progress.append(progress)
+        for t, s in zip(self.teacher.parameters(), self.encoder.parameters(), strict=True):
+            t.lerp_(s, 0.1)
+
+
+def test_views_teacher_and_metrics_of_an_unknown_method(images, tmp_path):
+    p = prepare(tiny_run(images, tmp_path, method="mae", zero=1))
+    run = replace(p.run, method=SiameseConfig())
+    p = replace(p, run=run, method=run.method.build(run.model))
+    before = p.method.teacher.blocks[0].mlp.fc1.weight.clone()
+    train(p)
+    assert p.method.progress == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert not torch.equal(before, p.method.teacher.blocks[0].mlp.fc1.weight)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert "target" in rows[-1]
+    assert (tmp_path / "encoder.safetensors").exists()
+    assert not (tmp_path / "reconstruction.png").exists()  # it predicts no pixels
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(images, tmp_path):
+    p = prepare(tiny_run(images, tmp_path, method="mae"))
+    forward = p.method.forward
+
+    def breaks(batch):
+        output = forward(batch)
+        if p.method.training and breaks.calls == 6:
+            output = replace(output, loss=output.loss * float("nan"))
+        breaks.calls += 1
+        return output
+
+    breaks.calls = 0
+    p.method.forward = breaks
+    with pytest.raises(NonFinite, match="loss is not finite at step 7"):
+        train(p)
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000005"]
