@@ -20,32 +20,27 @@ import re
 import shutil
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastmim.engine.durable import (
-    Damaged,
-    check,
-    describe,
-    explain_full_disk,
-    file_names,
-    fsync,
-    full_disk,
-    replace_text,
-    seal,
-    unseal,
-)
+from fastmim.engine import durable
+from fastmim.engine.durable import Damaged, explain_full_disk, fsync
 from fastmim.engine.ranks import RankError, Ranks
 
 log = logging.getLogger("fastmim")
 T = TypeVar("T")
+Facts = dict[str, Any]  # of JSON types
+Key = tuple[int, int]  # step, attempt at that step
+Write = Callable[[Path], None]
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 POINTER = "latest"
 THREADS = 8  # for fsync and SHA-256, both of which release the GIL
+ABSENT = type("Absent", (), {"__repr__": lambda _: "nothing"})()  # a fact that one side lacks: not None
 
 
 class CheckpointError(RuntimeError):
@@ -59,28 +54,31 @@ class Checkpoint:
     step: int
     path: Path
     world: int  # ranks of the run that wrote it
-    facts: dict[str, Any]
+    facts: Facts
 
-    def check_facts(self, expected: dict[str, Any], *, allow: Collection[str] = ()) -> list[str]:
+    def check_facts(self, expected: Facts, *, allow: Collection[str] = ()) -> list[str]:
         """Compare with this run's facts; the differences that `allow` lets pass are returned as text.
 
         `allow` holds dotted names; `data` covers `data.path`. Raises CheckpointError with all the others.
         """
         theirs, ours = _flat(self.facts), _flat(json.loads(json.dumps(expected)))
-        allowed, refused = [], []
-        for name in sorted(theirs.keys() | ours.keys()):
-            if theirs.get(name) != ours.get(name):
-                line = f"{name}: checkpoint has {theirs.get(name)}, this run has {ours.get(name)}"
-                passes = any(name == a or name.startswith(f"{a}.") for a in allow)
-                (allowed if passes else refused).append(line)
-        if refused:
-            lines = "\n  ".join(refused)
-            raise CheckpointError(f"{self.path} was saved by a run that differs from this one:\n  {lines}")
+        changed = {
+            name: f"{name}: checkpoint has {had}, this run has {has}"
+            for name in sorted(theirs.keys() | ours.keys())
+            if (had := theirs.get(name, ABSENT)) != (has := ours.get(name, ABSENT))
+        }
+        allowed = [
+            line for name, line in changed.items() if any(f"{name}.".startswith(f"{a}.") for a in allow)
+        ]
+        if refused := [line for line in changed.values() if line not in allowed]:
+            raise CheckpointError(
+                "\n  ".join([f"{self.path} is of a run that differs from this one:", *refused])
+            )
         return allowed
 
 
 class Checkpoints:
-    """The checkpoints of one run under `folder`, of which the newest `keep` stay. All calls are collective."""
+    """The checkpoints of one run in `folder`, of which the newest `keep` stay. All calls are collective."""
 
     def __init__(self, folder: Path, ranks: Ranks, *, keep: int = 2):
         if keep < 1:
@@ -89,30 +87,23 @@ class Checkpoints:
 
     # --- save ------------------------------------------------------------------------------------
 
-    def save(
-        self,
-        step: int,
-        write: Callable[[Path], None],
-        *,
-        facts: dict[str, Any],
-        need_bytes: int | None = None,
-    ) -> Path:
+    def save(self, step: int, write: Write, *, facts: Facts, need_bytes: int | None = None) -> Path:
         """Save what every rank's `write(folder)` writes; the path of the new checkpoint.
 
-        `facts` are rank 0's, of JSON types. `need_bytes` is the size of the whole checkpoint over all
+        `facts` are rank 0's. `need_bytes` is the size of the whole checkpoint over all
         ranks, if known: without that much room nothing is begun. Raises CheckpointError on all ranks if
         anything failed on any; the last good checkpoint is then what it was. `write` must not leave
-        other ranks waiting in a collective when it raises.
+        other ranks waiting in a collective when it raises, and calls no file manifest.json.
         """
         if step < 0:
             raise ValueError(f"want step >= 0, got {step}")
         tmp = self.folder / f".tmp-{_name((step, 0))}"
         doing = f"saving step {step} to {self.folder}"
-        explained = partial(explain_full_disk, tmp, need_bytes)
         try:
-            self._from_main(lambda: explained(lambda: self._make(tmp, facts, need_bytes)), doing)
-            self._together(lambda: explained(lambda: write(tmp)), doing)
-            names = self._from_main(lambda: file_names(tmp), doing)
+            need_bytes = self._from_main(lambda: self._make(tmp, facts, need_bytes), doing)
+            explained = partial(explain_full_disk, tmp, need_bytes)
+            self._together(lambda: explained(lambda: _write(tmp, write)), doing)
+            names = self._from_main(lambda: _written(tmp), doing)
             share = self._together(lambda: explained(lambda: self._settle(tmp, names)), doing)
             files = {name: entry for share in self.ranks.gather(share) for name, entry in share.items()}
             body = {"format": FORMAT, "step": step, "world": self.ranks.world, "facts": facts, "files": files}
@@ -122,18 +113,28 @@ class Checkpoints:
                 shutil.rmtree(tmp, ignore_errors=True)
             raise
 
-    def _make(self, tmp: Path, facts: dict[str, Any], need_bytes: int | None) -> None:
-        seal({"facts": facts})  # facts that JSON cannot hold are refused before anything is written
+    def _make(self, tmp: Path, facts: Facts, need_bytes: int | None) -> int | None:
+        """An empty `tmp`. Returns the bytes that will be needed, by the last checkpoint if not given."""
+        durable.seal({"facts": facts})  # facts that JSON cannot hold are refused before anything is written
         self.folder.mkdir(parents=True, exist_ok=True)
         fsync(self.folder.parent)
         for left_over in [*self.folder.glob(".tmp-*"), *self.folder.glob(".trash-*")]:
             shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
         free = shutil.disk_usage(self.folder).free
         if need_bytes is not None and free < need_bytes:
-            raise CheckpointError(full_disk(tmp, need_bytes, free))
-        tmp.mkdir()
+            raise CheckpointError(durable.full_disk(tmp, need_bytes, free))
+        if need_bytes is None:
+            need_bytes = self._last_size()
+        explain_full_disk(tmp, need_bytes, tmp.mkdir)
+        return need_bytes
 
-    def _settle(self, tmp: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    def _last_size(self) -> int | None:
+        for key in reversed(self._keys()):
+            with suppress(CheckpointError):  # damaged: the one before it tells as well
+                return sum(entry["size"] for entry in _open(self.folder / _name(key))[1].values())
+        return None
+
+    def _settle(self, tmp: Path, names: list[str]) -> dict[str, Facts]:
         """Make the files durable and describe this rank's share of them: size and SHA-256 by name."""
         share = names[self.ranks.rank :: self.ranks.world]
         with ThreadPoolExecutor(THREADS) as pool:
@@ -142,25 +143,27 @@ class Checkpoints:
                 paths = {tmp / name for name in names}
                 folders = {parent for path in paths for parent in path.parents if parent.is_relative_to(tmp)}
                 synced = [pool.submit(fsync, path) for path in paths | folders]
-            entries = dict(zip(share, pool.map(describe, (tmp / name for name in share)), strict=True))
+            entries = dict(
+                zip(share, pool.map(durable.describe, (tmp / name for name in share)), strict=True)
+            )
             for future in synced:
                 future.result()
         return entries
 
-    def _publish(self, tmp: Path, body: dict[str, Any]) -> Path:
-        replace_text(tmp / MANIFEST, seal(body))
+    def _publish(self, tmp: Path, body: Facts) -> Path:
+        durable.replace_text(tmp / MANIFEST, durable.seal(body))
         taken = [attempt for step, attempt in self._keys() if step == body["step"]]
         key = (body["step"], max(taken, default=-1) + 1)
         os.rename(tmp, self.folder / _name(key))
         fsync(self.folder)
-        replace_text(self.folder / POINTER, _pointer(_name(key)))
+        durable.replace_text(self.folder / POINTER, _pointer(_name(key)))
         try:
             self._prune(key)
         except OSError as error:  # the new checkpoint stands; the next save tries again
             log.warning("%s: old checkpoints could not be removed: %s", self.folder, error)
         return self.folder / _name(key)
 
-    def _prune(self, saved: tuple[int, int]) -> None:
+    def _prune(self, saved: Key) -> None:
         """Remove all but `saved` and the newest before it, down to `keep`.
 
         Steps from `saved` on are of a run that went back to before them: they go first, and other attempts
@@ -193,17 +196,15 @@ class Checkpoints:
         return self._agree(lambda: self._whole_at(step))
 
     def _agree(self, look: Callable[[], T]) -> T:
-        """What rank 0 finds, on all ranks, once each of them has seen the same in its own view of the folder."""
+        """What rank 0 finds, on all ranks, once each has seen the same in its own view of the folder."""
         doing = f"looking for a checkpoint in {self.folder}"
         found = self._from_main(look, doing)
         self._together(lambda: self._see(found), doing)
         return found
 
     def _see(self, found: Any) -> None:
-        if found is None and self._keys():
-            raise CheckpointError(f"rank 0 sees no checkpoint in {self.folder}, this rank does")
-        if found is not None and _open(found.path)[0] != found:
-            raise CheckpointError(f"rank 0 sees another {found.path} than this rank")
+        if (found is None and self._keys()) or (found is not None and _open(found.path)[0] != found):
+            raise CheckpointError(f"rank 0 sees other checkpoints in {self.folder} than this rank")
 
     def _newest_whole(self) -> Checkpoint | None:
         keys, pointed = self._keys()[::-1], self._pointed()
@@ -219,7 +220,7 @@ class Checkpoints:
             raise CheckpointError(f"no checkpoint of step {step}, only of {sorted(set(steps))}")
         return self._first_whole([k for k in reversed(keys) if k[0] == step])
 
-    def _first_whole(self, keys: list[tuple[int, int]]) -> Checkpoint:
+    def _first_whole(self, keys: list[Key]) -> Checkpoint:
         damages = []
         for key in keys:
             try:
@@ -229,12 +230,12 @@ class Checkpoints:
                 damages.append(str(error))
         raise CheckpointError("no checkpoint is whole: " + "; ".join(damages))
 
-    def _keys(self) -> list[tuple[int, int]]:
+    def _keys(self) -> list[Key]:
         """(step, attempt) of every checkpoint in sight, damaged or not, oldest first."""
         names = [path.name for path in self.folder.iterdir()] if self.folder.exists() else []
         return sorted(key for key in map(_key, names) if key is not None)
 
-    def _pointed(self) -> tuple[int, int] | None:
+    def _pointed(self) -> Key | None:
         path = self.folder / POINTER
         if not path.exists():
             return None
@@ -258,54 +259,69 @@ class Checkpoints:
         return self.ranks.broadcast(self._together(fn if self.ranks.is_main else lambda: None, doing))
 
 
-# --- names and manifests -----------------------------------------------------------------------------
+# --- one checkpoint's folder -------------------------------------------------------------------------
 
 
-def _name(key: tuple[int, int]) -> str:
+def _write(tmp: Path, write: Write) -> None:
+    if not tmp.is_dir():
+        raise CheckpointError(f"rank 0 made {tmp}, this rank does not see it: the folder must be shared")
+    write(tmp)
+
+
+def _written(tmp: Path) -> list[str]:
+    names = durable.file_names(tmp)
+    if not names or MANIFEST in names:
+        raise CheckpointError(f"want files in {tmp}, none called {MANIFEST}, got {names}")
+    return names
+
+
+def _name(key: Key) -> str:
     step, attempt = key
     return f"step-{step:08d}" + (f".{attempt}" if attempt else "")
 
 
-def _key(name: str) -> tuple[int, int] | None:
+def _key(name: str) -> Key | None:
     """(step, attempt) of a checkpoint's folder by its name; None for any other name."""
     match = re.fullmatch(r"step-(\d{8,})(?:\.([1-9]\d*))?", name)
-    return None if match is None else (int(match[1]), int(match[2] or 0))
+    key = (0, 0) if match is None else (int(match[1]), int(match[2] or 0))
+    return key if _name(key) == name else None
 
 
 def _pointer(name: str) -> str:
     return f"{name} {hashlib.sha256(name.encode()).hexdigest()}\n"
 
 
-def _open(path: Path) -> tuple[Checkpoint, dict[str, dict[str, Any]]]:
+def _open(path: Path) -> tuple[Checkpoint, dict[str, Facts]]:
     """A checkpoint by its manifest, and the files that it lists; they are not looked at."""
     try:
-        body = unseal(path / MANIFEST)
-    except Damaged as error:
+        body = durable.unseal(path / MANIFEST)
+    except (Damaged, OSError) as error:
         raise CheckpointError(str(error)) from error
     if body["format"] != FORMAT:
         raise CheckpointError(f"{path} has format {body['format']}, this version reads {FORMAT}")
+    if (key := _key(path.name)) is None or key[0] != body["step"]:
+        raise CheckpointError(f"{path} holds step {body['step']}")
     return Checkpoint(body["step"], path, body["world"], body["facts"]), body["files"]
 
 
 def _verify(path: Path) -> Checkpoint:
     """The checkpoint, every byte of it compared with its manifest."""
     found, files = _open(path)
+    damages = []
     with ThreadPoolExecutor(THREADS) as pool:
-        checks = [pool.submit(check, path / name, entry) for name, entry in files.items()]
-        try:
-            for done in checks:
+        for done in [pool.submit(durable.check, path / name, entry) for name, entry in files.items()]:
+            try:
                 done.result()
-        except Damaged as error:
-            raise CheckpointError(str(error)) from error
+            except (Damaged, OSError) as error:
+                damages.append(str(error))
+    if damages:
+        raise CheckpointError("; ".join(damages))
     return found
 
 
-def _flat(facts: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(facts: Facts, prefix: str = "") -> Facts:
     """Nested facts by dotted name."""
-    flat: dict[str, Any] = {}
+    flat: Facts = {}
     for name, value in facts.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat

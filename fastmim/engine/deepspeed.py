@@ -79,6 +79,7 @@ def deepspeed_dictionary(run: Run, plan: Plan) -> dict[str, Any]:
             "stage3_max_live_parameters": 1_000_000_000,
             "stage3_max_reuse_distance": 1_000_000_000,
             "stage3_gather_16bit_weights_on_model_save": False,
+            "memory_efficient_linear": False,  # it would add the bias apart, rounding bf16 once more
         },
     }
     if run.optim.name == "deepspeed":  # made by DeepSpeed from these; the groups carry their own decay

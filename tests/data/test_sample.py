@@ -219,8 +219,10 @@ def gradient_histograms(x: np.ndarray) -> np.ndarray:
 @pytest.mark.slow
 def test_mean_colour_does_not_tell_the_class(images):
     x, y, x_test, y_test = (f for s in COUNTS for f in (images[s][0].mean((1, 2)), images[s][1]))
-    assert nearest_mean_accuracy(x, y, x_test, y_test) < 0.14  # chance is 0.083
-    assert ridge_accuracy(x, y, x_test, y_test, ridge=1.0) < 0.14
+    assert nearest_mean_accuracy(x, y, x_test, y_test) < 0.125  # chance is 0.083
+    assert (
+        ridge_accuracy(x, y, x_test, y_test, ridge=1.0) < 0.125
+    )  # measured: 0.11; a tint of 5 % by class: 0.135
 
 
 @pytest.mark.slow
