@@ -44,6 +44,8 @@ def parse(arguments: Sequence[str], *, quiet: bool = False) -> tuple[Command, li
     `quiet` leaves the words to another rank.
     """
     arguments = [a for a in arguments if not a.startswith("--local_rank")]  # the deepspeed launcher adds it
+    if value_of(arguments, "--steps") and value_of(arguments, "--epochs"):
+        raise ValueError("steps, epochs: want one of them, got both")
     if "--resume" in arguments:
         arguments = saved_arguments(value_of(arguments, "--run-dir")) + arguments
     method = one_of(METHOD_RECIPES, value_of(arguments, "--method") or DEFAULT_METHOD, "method")
@@ -65,13 +67,7 @@ def parse(arguments: Sequence[str], *, quiet: bool = False) -> tuple[Command, li
         console_outputs=not quiet,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
-    if "--steps" in flags(arguments) and "--epochs" in flags(arguments):
-        raise ValueError("steps, epochs: want one of them, got both")
     return command, list(arguments)
-
-
-def flags(arguments: Iterable[str]) -> set[str]:
-    return {a.split("=", 1)[0].replace("_", "-") for a in arguments if a.startswith("--")}
 
 
 def value_of(arguments: Sequence[str], flag: str) -> str | None:
@@ -95,7 +91,7 @@ def one_of(known: Iterable[str], name: str, what: str) -> str:
 
 
 def saved_arguments(run_dir: str | None) -> list[str]:
-    """The command line of the run to resume, without --resume itself."""
+    """The command line of the run to resume, without what concerned one start only."""
     if run_dir is None:
         raise ValueError("resume: want --run-dir, the directory of the run to continue")
     path = Path(run_dir) / "config.json"
@@ -103,5 +99,11 @@ def saved_arguments(run_dir: str | None) -> list[str]:
         raise ValueError(f"resume: want a run directory with its config.json, got nothing at {path}")
     saved = json.loads(path.read_text())["arguments"]
     if saved is None:
-        return []
-    return [a for a in saved if a not in ("--resume", "--print-config")]
+        raise ValueError(f"resume: {path} is of a run that no command line started")
+    kept, dropping = [], False
+    for argument in saved:
+        if argument.startswith("--"):
+            dropping = argument.partition("=")[0].replace("_", "-") in ("--resume", "--allow-changes")
+        if not dropping:
+            kept.append(argument)
+    return kept

@@ -8,6 +8,7 @@ fastmim doctor [--json]                 what this machine will run on, and why
 import argparse
 import difflib
 import json
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,7 @@ def doctor(arguments: list[str]) -> None:
     )
     parser.add_argument("--json", action="store_true", help="as JSON")
     args = parser.parse_args(arguments)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `fastmim doctor | head` is no error
     content = report()
     print(json.dumps(content, indent=2)) if args.json else print_report(content)
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from fastmim.engine.config import Run
 from fastmim.methods import MAEConfig, RMAEConfig
+from fastmim.methods.base import MethodConfig
 from fastmim.models import VITS
 from fastmim.models.mae_decoder import DecoderConfig
 from fastmim.optim import OptimConfig
@@ -33,6 +34,11 @@ def rmae() -> Run:
     return Run(method=RMAEConfig(), model=VITS["vit_base"], optim=OptimConfig(blr=3.0e-4, warmup_epochs=20.0))
 
 
+def with_decoder(method: MethodConfig, decoder: DecoderConfig) -> MethodConfig:
+    """The method with a pixel decoder of this size, if it has one."""
+    return replace(method, decoder=decoder) if isinstance(method, MAEConfig) else method
+
+
 def imagenet(run: Run) -> Run:
     """The run as its paper has it."""
     return run
@@ -44,10 +50,9 @@ def cifar10(run: Run) -> Run:
     deepspeed fastmim/train.py --method rmae --recipe cifar10 --data.path CIFAR10/train
     """
     model = replace(VITS["vit_tiny"], patch=4, image_size=32)
-    decoder = DecoderConfig(width=128, depth=4, heads=4)
     return replace(
         run,
-        method=replace(run.method, decoder=decoder),
+        method=with_decoder(run.method, DecoderConfig(width=128, depth=4, heads=4)),
         model=model,
         optim=replace(run.optim, blr=4 * run.optim.blr, warmup_epochs=10.0),
         batch=256,
@@ -63,7 +68,7 @@ def sample(run: Run) -> Run:
     model = replace(VITS["vit_tiny"], width=128, depth=6, heads=4, patch=8, image_size=64)
     return replace(
         run,
-        method=replace(run.method, decoder=DecoderConfig(width=96, depth=2, heads=3)),
+        method=with_decoder(run.method, DecoderConfig(width=96, depth=2, heads=3)),
         model=model,
         optim=replace(run.optim, lr=2e-3, warmup_epochs=0.5),
         batch=64,

@@ -53,9 +53,11 @@ def test_dotted_names_override_model_and_recipe():
 
 def test_resume_takes_up_the_saved_command_line(tmp_path):
     saved = ["--method", "rmae", "--method.t2", "full", "--batch", "48", "--run-dir", str(tmp_path)]
+    saved += ["--resume", "--allow-changes", "seed", "world", "--epochs", "3"]
     (tmp_path / "config.json").write_text(json.dumps({"arguments": saved}))
     run = run_of("--run-dir", str(tmp_path), "--resume", "--log-every", "3")
     assert (run.method.t2, run.batch, run.log_every, run.resume) == ("full", 48, 3, True)
+    assert (run.allow_changes, run.epochs) == ((), 3.0)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fastmim.data.decoder import DecoderName
 
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where the images are and how they are decoded."""

@@ -77,7 +77,9 @@ def check_decoder(name: DecoderName, channels: int) -> None:
         raise ValueError(f"model.channels: image files give 1 (grey) or 3 (RGB), got {channels}")
     obstacle = why_no_dali() if name == "dali" else None
     if obstacle:
-        raise ValueError(f"data.decoder: want dali, but {obstacle}; install it or choose --data.decoder pillow")
+        raise ValueError(
+            f"data.decoder: want dali, but {obstacle}; install it or choose --data.decoder pillow"
+        )
 
 
 def why_no_dali() -> str | None:

@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 
 from fastmim.engine import durable
 from fastmim.engine.durable import Damaged, explain_full_disk, fsync
-from fastmim.engine.ranks import RankError, Ranks
+from fastmim.engine.ranks import Ranks
 
 log = logging.getLogger("fastmim")
 T = TypeVar("T")
@@ -40,7 +40,6 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 POINTER = "latest"
 THREADS = 8  # for fsync and SHA-256, both of which release the GIL
-ABSENT = type("Absent", (), {"__repr__": lambda _: "nothing"})()  # a fact that one side lacks: not None
 
 
 class CheckpointError(RuntimeError):
@@ -61,20 +60,17 @@ class Checkpoint:
 
         `allow` holds dotted names; `data` covers `data.path`. Raises CheckpointError with all the others.
         """
-        theirs, ours = _flat(self.facts), _flat(json.loads(json.dumps(expected)))
+        theirs, ours = _flat(self.facts), _flat(expected)
         changed = {
-            name: f"{name}: checkpoint has {had}, this run has {has}"
+            name: f"{name}: checkpoint has {had}, this run has {has}".replace('"', "")
             for name in sorted(theirs.keys() | ours.keys())
-            if (had := theirs.get(name, ABSENT)) != (has := ours.get(name, ABSENT))
+            if (had := theirs.get(name, "nothing")) != (has := ours.get(name, "nothing"))
         }
-        allowed = [
-            line for name, line in changed.items() if any(f"{name}.".startswith(f"{a}.") for a in allow)
-        ]
-        if refused := [line for line in changed.values() if line not in allowed]:
-            raise CheckpointError(
-                "\n  ".join([f"{self.path} is of a run that differs from this one:", *refused])
-            )
-        return allowed
+        passed = [name for name in changed if any(f"{name}.".startswith(f"{a}.") for a in allow)]
+        if refused := [line for name, line in changed.items() if name not in passed]:
+            lines = "\n  ".join(refused)
+            raise CheckpointError(f"{self.path} was saved by a run that differs from this one:\n  {lines}")
+        return [changed[name] for name in passed]
 
 
 class Checkpoints:
@@ -85,29 +81,35 @@ class Checkpoints:
             raise ValueError(f"want keep >= 1, got {keep}")
         self.folder, self.ranks, self.keep = Path(folder), ranks, keep
 
+    def _collectives(self, what: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """Run a function on every rank, or on rank 0 for all, failing together with CheckpointError."""
+        both = self.ranks.all_succeed, self.ranks.from_main
+        every, main = (partial(collective, what=what, raises=CheckpointError) for collective in both)
+        return every, main
+
     # --- save ------------------------------------------------------------------------------------
 
     def save(self, step: int, write: Write, *, facts: Facts, need_bytes: int | None = None) -> Path:
         """Save what every rank's `write(folder)` writes; the path of the new checkpoint.
 
-        `facts` are rank 0's. `need_bytes` is the size of the whole checkpoint over all
-        ranks, if known: without that much room nothing is begun. Raises CheckpointError on all ranks if
-        anything failed on any; the last good checkpoint is then what it was. `write` must not leave
-        other ranks waiting in a collective when it raises, and calls no file manifest.json.
+        `facts` are rank 0's. `need_bytes` is the size of the whole checkpoint over all ranks, if known:
+        without that much room nothing is begun. Raises CheckpointError on all ranks if anything failed on
+        any; the last good checkpoint is then what it was. `write` must not leave other ranks waiting in a
+        collective when it raises, and calls no file manifest.json.
         """
         if step < 0:
             raise ValueError(f"want step >= 0, got {step}")
         tmp = self.folder / f".tmp-{_name((step, 0))}"
-        doing = f"saving step {step} to {self.folder}"
+        every, main = self._collectives(f"saving step {step} to {self.folder}")
         try:
-            need_bytes = self._from_main(lambda: self._make(tmp, facts, need_bytes), doing)
+            need_bytes = main(lambda: self._make(tmp, facts, need_bytes))
             explained = partial(explain_full_disk, tmp, need_bytes)
-            self._together(lambda: explained(lambda: _write(tmp, write)), doing)
-            names = self._from_main(lambda: _written(tmp), doing)
-            share = self._together(lambda: explained(lambda: self._settle(tmp, names)), doing)
+            every(lambda: explained(lambda: _write(tmp, write)))
+            names = main(lambda: _written(tmp))
+            share = every(lambda: explained(lambda: self._settle(tmp, names)))
             files = {name: entry for share in self.ranks.gather(share) for name, entry in share.items()}
             body = {"format": FORMAT, "step": step, "world": self.ranks.world, "facts": facts, "files": files}
-            return self._from_main(lambda: explained(lambda: self._publish(tmp, body)), doing)
+            return main(lambda: explained(lambda: self._publish(tmp, body)))
         except CheckpointError:
             if self.ranks.is_main:
                 shutil.rmtree(tmp, ignore_errors=True)
@@ -118,13 +120,11 @@ class Checkpoints:
         durable.seal({"facts": facts})  # facts that JSON cannot hold are refused before anything is written
         self.folder.mkdir(parents=True, exist_ok=True)
         fsync(self.folder.parent)
-        for left_over in [*self.folder.glob(".tmp-*"), *self.folder.glob(".trash-*")]:
-            shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+        _remove([*self.folder.glob(".tmp-*"), *self.folder.glob(".trash-*")])
         free = shutil.disk_usage(self.folder).free
         if need_bytes is not None and free < need_bytes:
             raise CheckpointError(durable.full_disk(tmp, need_bytes, free))
-        if need_bytes is None:
-            need_bytes = self._last_size()
+        need_bytes = self._last_size() if need_bytes is None else need_bytes
         explain_full_disk(tmp, need_bytes, tmp.mkdir)
         return need_bytes
 
@@ -143,12 +143,10 @@ class Checkpoints:
                 paths = {tmp / name for name in names}
                 folders = {parent for path in paths for parent in path.parents if parent.is_relative_to(tmp)}
                 synced = [pool.submit(fsync, path) for path in paths | folders]
-            entries = dict(
-                zip(share, pool.map(durable.describe, (tmp / name for name in share)), strict=True)
-            )
+            entries = pool.map(durable.describe, (tmp / name for name in share))
             for future in synced:
                 future.result()
-        return entries
+            return dict(zip(share, entries, strict=True))
 
     def _publish(self, tmp: Path, body: Facts) -> Path:
         durable.replace_text(tmp / MANIFEST, durable.seal(body))
@@ -157,10 +155,7 @@ class Checkpoints:
         os.rename(tmp, self.folder / _name(key))
         fsync(self.folder)
         durable.replace_text(self.folder / POINTER, _pointer(_name(key)))
-        try:
-            self._prune(key)
-        except OSError as error:  # the new checkpoint stands; the next save tries again
-            log.warning("%s: old checkpoints could not be removed: %s", self.folder, error)
+        self._prune(key)
         return self.folder / _name(key)
 
     def _prune(self, saved: Key) -> None:
@@ -175,10 +170,8 @@ class Checkpoints:
         for key in others[: max(len(others) + 1 - self.keep, same_step)]:
             trash.append(self.folder / f".trash-{_name(key)}")
             os.rename(self.folder / _name(key), trash[-1])
-        if trash:
-            fsync(self.folder)  # out of sight for good before the first file goes
-        for path in trash:
-            shutil.rmtree(path)
+        fsync(self.folder)  # out of sight for good before the first file goes
+        _remove(trash)
 
     # --- find ------------------------------------------------------------------------------------
 
@@ -197,9 +190,9 @@ class Checkpoints:
 
     def _agree(self, look: Callable[[], T]) -> T:
         """What rank 0 finds, on all ranks, once each has seen the same in its own view of the folder."""
-        doing = f"looking for a checkpoint in {self.folder}"
-        found = self._from_main(look, doing)
-        self._together(lambda: self._see(found), doing)
+        every, main = self._collectives(f"looking for a checkpoint in {self.folder}")
+        found = main(look)
+        every(lambda: self._see(found))
         return found
 
     def _see(self, found: Any) -> None:
@@ -246,18 +239,6 @@ class Checkpoints:
             return None
         return key
 
-    # --- all ranks -------------------------------------------------------------------------------
-
-    def _together(self, fn: Callable[[], T], doing: str) -> T:
-        try:
-            return self.ranks.all_succeed(fn, doing)
-        except RankError as error:
-            raise CheckpointError(str(error)) from error
-
-    def _from_main(self, fn: Callable[[], T], doing: str) -> T:
-        """Run `fn` on rank 0 alone: its value, or its error, on all ranks."""
-        return self.ranks.broadcast(self._together(fn if self.ranks.is_main else lambda: None, doing))
-
 
 # --- one checkpoint's folder -------------------------------------------------------------------------
 
@@ -273,6 +254,14 @@ def _written(tmp: Path) -> list[str]:
     if not names or MANIFEST in names:
         raise CheckpointError(f"want files in {tmp}, none called {MANIFEST}, got {names}")
     return names
+
+
+def _remove(folders: list[Path]) -> None:
+    for folder in folders:
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:  # nothing hangs on it, and the next save tries again
+            log.warning("%s could not be removed: %s", folder, error)
 
 
 def _name(key: Key) -> str:
@@ -319,9 +308,10 @@ def _verify(path: Path) -> Checkpoint:
     return found
 
 
-def _flat(facts: Facts, prefix: str = "") -> Facts:
-    """Nested facts by dotted name."""
-    flat: Facts = {}
+def _flat(facts: Facts, prefix: str = "") -> dict[str, str]:
+    """The JSON of each nested fact by its dotted name."""
+    flat: dict[str, str] = {}
     for name, value in facts.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        is_leaf = not isinstance(value, dict) or not value
+        flat |= {f"{prefix}{name}": json.dumps(value)} if is_leaf else _flat(value, f"{prefix}{name}.")
     return flat

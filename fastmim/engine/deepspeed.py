@@ -9,6 +9,7 @@ os.environ.setdefault("DS_LOG_LEVEL", "warning")
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
 
@@ -26,23 +27,17 @@ def start_process_group(device: str) -> Ranks:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # The op would be compiled for forty seconds at the first start and serve CPU ranks only; gloo serves too.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    launched = "RANK" in os.environ
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     if device == "cuda":
         torch.cuda.set_device(local_rank)
     elif "OMP_NUM_THREADS" not in os.environ:  # ranks of one machine share its cores
-        torch.set_num_threads(
-            max(
-                1,
-                len(os.sched_getaffinity(0))
-                // int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1),
-            )
-        )
-    if not torch.distributed.is_initialized():
-        alone = {} if launched else {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
-        torch.distributed.init_process_group(
-            "nccl" if device == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT, **alone
-        )
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+    backend = "nccl" if device == "cuda" else "gloo"
+    if not dist.is_initialized() and "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    elif not dist.is_initialized():  # alone: no port, no launcher
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return Ranks.from_environment()
 

@@ -4,6 +4,7 @@ import os
 import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,10 +31,13 @@ def devices() -> list[dict[str, Any]]:
     """The GPUs, or the CPU where there is none. Memory in GiB."""
     if not torch.cuda.is_available():
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        name = next(names, platform.machine())
         cores = len(os.sched_getaffinity(0))
         return [
             {
-                "name": platform.processor() or platform.machine(),
+                "name": name,
                 "cores": cores,
                 "memory_gib": round(memory, 1),
             }

@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import deepspeed
 import torch
@@ -34,7 +34,7 @@ REFUSALS = (ValueError, ImportError, RankError, CheckpointError)  # of `prepare`
 ENDINGS = (NonFinite, CheckpointError, BadImages)  # of `train`
 
 
-def device_type() -> str:
+def device_type() -> Literal["cuda", "cpu"]:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -90,6 +90,7 @@ def train(p: Prepared, *, arguments: list[str] | None = None) -> None:
     if ranks.is_main:
         write_configuration(p, arguments)
         describe(p)
+    need_bytes = checkpoint_bytes(p.method, run, plan)
     engine = wrap(p.method, run, plan)
     start_step = restore(engine, p.found, ranks) if p.found else 0
     order = SampleOrder(
@@ -98,7 +99,9 @@ def train(p: Prepared, *, arguments: list[str] | None = None) -> None:
     metrics = Metrics(p.run_dir, plan, ranks, log_every=run.log_every, batch=run.batch, start_step=start_step)
 
     def save(step: int) -> None:
-        path = p.checkpoints.save(step, lambda folder: write_shards(engine, folder, ranks), facts=p.facts)
+        path = p.checkpoints.save(
+            step, lambda folder: write_shards(engine, folder, ranks), facts=p.facts, need_bytes=need_bytes
+        )
         log.info("checkpoint %s", path)
 
     loader = Loader(
@@ -202,6 +205,13 @@ def describe(p: Prepared) -> None:
 
 
 # --- checkpoints ------------------------------------------------------------------------------------
+
+
+def checkpoint_bytes(method: Method, run: Run, plan: Plan) -> int:
+    """About the size of a checkpoint: weights, two moments, and the fp32 master that ZeRO and bf16 keep."""
+    weights = sum(p.numel() * p.element_size() for p in method.parameters())
+    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    return weights + trained * (12 if run.zero or plan.precision == "bf16" else 8)
 
 
 def write_shards(engine: deepspeed.DeepSpeedEngine, folder: Path, ranks: Ranks) -> None:

@@ -82,11 +82,12 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, group=self._gloo)
         return box[0]
 
-    def all_succeed(self, fn: Callable[[], T], what: str) -> T:
+    def all_succeed(self, fn: Callable[[], T], what: str, raises: type[Exception] = RankError) -> T:
         """`fn()` on this rank, once it has succeeded on every rank.
 
-        Raises RankError on all ranks, naming `what`, the ranks and their reasons, if it failed on any: no
-        rank goes on, and none waits for one that gave up. `fn` must not end half-way through a collective.
+        Raises RankError, or `raises`, on all ranks, naming `what`, the ranks and their reasons, if it failed
+        on any: no rank goes on, and none waits for one that gave up. `fn` must not end half-way through a
+        collective.
         """
         error, value = None, None
         try:
@@ -99,8 +100,12 @@ class Ranks:
             if reason is not None:
                 failed.setdefault(reason, []).append(rank)
         if failed:
-            raise RankError(f"{what} failed{'; '.join(map(self._blame, failed.values(), failed))}") from error
+            raise raises(f"{what} failed{'; '.join(map(self._blame, failed.values(), failed))}") from error
         return value  # type: ignore[return-value]  # fn succeeded here too
+
+    def from_main(self, fn: Callable[[], T], what: str, raises: type[Exception] = RankError) -> T:
+        """`fn()` of rank 0, run there alone: its value, or its error as in `all_succeed`, on all ranks."""
+        return self.broadcast(self.all_succeed(fn if self.is_main else lambda: None, what, raises))
 
     def _blame(self, ranks: list[int], reason: str) -> str:
         if self.world == 1:

@@ -76,7 +76,7 @@ class ViTConfig:
     def size(self) -> tuple[int, int]:
         """Height and width in pixels."""
         size = self.image_size
-        return (size, size) if isinstance(size, int) else tuple(size)
+        return (size, size) if isinstance(size, int) else size
 
     @property
     def grid(self) -> tuple[int, int]:

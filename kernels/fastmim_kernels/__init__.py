@@ -3,6 +3,7 @@
 A function hides the module of the same name: `from fastmim_kernels.norm_pix_loss import ...` reaches inside.
 """
 
+from fastmim_kernels.attention import attention
 from fastmim_kernels.gather_patches import gather_patches
 from fastmim_kernels.norm_pix_loss import norm_pix_loss
 from fastmim_kernels.norm_pix_loss_image import norm_pix_loss_image
@@ -11,6 +12,7 @@ from fastmim_kernels.restore_tokens import restore_tokens
 from fastmim_kernels.split_patches import num_seen, split_patches
 
 __all__ = [
+    "attention",
     "draw_uint32",
     "draw_uniform",
     "gather_patches",

@@ -69,12 +69,14 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, segments: tuple[int, ...]) -> Ten
 # --- choice -----------------------------------------------------------------------------------------
 
 
-def xformers_version() -> str | None:
-    """The installed xformers' version, or None. Does not import it."""
+def _installed(package: str) -> str | None:
     try:
-        return version("xformers")
+        return version(package)
     except PackageNotFoundError:
         return None
+
+
+XFORMERS = _installed("xformers")  # looked up once: the choice below is made at every call
 
 
 def choose_attention(requested: Backend, device: str, dtype: torch.dtype) -> tuple[Backend, str]:
@@ -84,10 +86,9 @@ def choose_attention(requested: Backend, device: str, dtype: torch.dtype) -> tup
     """
     if requested not in ("auto", "xformers", "sdpa"):
         raise ValueError(f"attention: want auto, xformers or sdpa, got {requested!r}")
-    have = xformers_version()
     if device != "cuda":
         obstacle = f"xformers has no {device} operator"
-    elif have is None:
+    elif XFORMERS is None:
         obstacle = "xformers is not installed"
     elif dtype == torch.float32:
         obstacle = "xformers' fast operators want bf16 or fp16, this run is fp32"
@@ -96,7 +97,7 @@ def choose_attention(requested: Backend, device: str, dtype: torch.dtype) -> tup
     if requested == "sdpa":
         return "sdpa", "asked for by name"
     if obstacle is None:
-        return "xformers", "asked for by name" if requested == "xformers" else f"xformers {have} on CUDA"
+        return "xformers", "asked for by name" if requested == "xformers" else f"xformers {XFORMERS} on CUDA"
     if requested == "xformers":
         raise ValueError(f"attention: xformers asked for, but {obstacle}")
     return "sdpa", obstacle

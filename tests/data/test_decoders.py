@@ -203,7 +203,7 @@ def test_refuses_channels_and_says_what_a_missing_dali_needs(monkeypatch):
     pytest.importorskip("nvidia.dali")
     assert why_no_dali() is None
     settings = {"batch": 1, "threads": 1, "depth": 1, "device": torch.device("cpu")}
-    with pytest.raises(ValueError, match="1 .grey. or 3 .RGB. channels"):
+    with pytest.raises(ValueError, match="give 1 .grey. or 3 .RGB., got 4"):
         make_decoder("pillow", [View(size=(8, 8))], channels=4, **settings)
     monkeypatch.delitem(sys.modules, "fastmim.data.dali", raising=False)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastmim.data import sample
-from fastmim.data.sample import CLASSES, COUNTS, VERSION, render, sample_set
+from fastmim.data import sample, scenes
+from fastmim.data.sample import sample_set
+from fastmim.data.scenes import CLASSES, COUNTS, SEED, VERSION, render
 
 SMALL = {"train": 240, "test": 60}
 # no `if __name__ == "__main__"`: a user's script need not have one
@@ -50,9 +51,11 @@ def quiet(folder: Path) -> bool:
 def made(tmp_path_factory) -> Path:
     """A tenth of the set, made the hard way: one maker is killed, a broken set lies there, three ask."""
     folder = tmp_path_factory.mktemp("sample")
-    source, counts = Path(sample.__file__).read_text(), f"COUNTS = {json.dumps(COUNTS)}"
+    source, counts = Path(scenes.__file__).read_text(), f"COUNTS = {json.dumps(COUNTS)}"
     assert source.count(counts) == 1
-    (folder / "small_sample.py").write_text(source.replace(counts, f"COUNTS = {json.dumps(SMALL)}"))
+    (folder / "scenes.py").write_text(source.replace(counts, f"COUNTS = {json.dumps(SMALL)}"))
+    source = Path(sample.__file__).read_text().replace("from fastmim.data import", "import")
+    (folder / "small_sample.py").write_text(source.replace("from fastmim.data.scenes", "from scenes"))
     (folder / "script.py").write_text(SCRIPT)
 
     cache = folder / "cache"
@@ -110,7 +113,7 @@ def test_it_is_whole_and_of_real_jpeg_files(made):
 def test_equal_bytes_from_an_equal_seed(made):
     for split, index in [("train", 0), ("train", 123), ("test", 0), ("test", 59)]:
         path = made / split / CLASSES[index % 12] / f"{index:05d}.jpg"
-        quality = int(np.random.default_rng((index, sample.SEED)).integers(80, 96))
+        quality = int(np.random.default_rng((index, SEED)).integers(80, 96))
         again = io.BytesIO()
         render(split, index).save(again, "JPEG", quality=quality)
         assert again.getvalue() == path.read_bytes()
@@ -141,7 +144,7 @@ def test_a_set_that_was_tampered_with_is_made_again(harm, made, small, tmp_path,
     else:
         manifest.unlink()
         if harm != "no manifest":
-            manifest.write_text(text.replace(str(sample.SEED), "1") if harm == "another seed" else text[:-9])
+            manifest.write_text(text.replace(str(SEED), "1") if harm == "another seed" else text[:-9])
     sample_set(tmp_path)
     assert (copy / "made again").exists()
 
@@ -165,7 +168,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
 
 
 def test_a_child_that_fails_leaves_nothing_and_says_why(tmp_path, monkeypatch):
-    monkeypatch.setattr(sample, "__file__", str(tmp_path / "absent.py"))
+    monkeypatch.setattr(scenes, "__file__", str(tmp_path / "absent.py"))
     with pytest.raises(OSError, match=r"absent\.py"):
         sample_set(tmp_path / "cache")
     assert [p.name for p in (tmp_path / "cache").iterdir()] == [f".{VERSION}.lock"]

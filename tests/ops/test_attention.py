@@ -1,8 +1,9 @@
 """attention: dense and packed against the definition, and which backend serves and why."""
 
+import sys
+
 import pytest
 import torch
-from fastmim_kernels import attention as attention_module  # noqa: F401  # the module must import alone
 from fastmim_kernels.attention import attention, attention_reference, choose_attention
 from fastmim_kernels.testing import assert_no_worse
 
@@ -54,11 +55,12 @@ def test_one_graph_with_segments(device):
 
 
 def test_the_choice_is_said_with_its_reason(monkeypatch):
+    module = sys.modules["fastmim_kernels.attention"]  # the package exports its function by that name
     assert choose_attention("auto", "cpu", torch.float32) == ("sdpa", "xformers has no cpu operator")
-    monkeypatch.setattr("fastmim_kernels.attention.xformers_version", lambda: "0.0.35")
+    monkeypatch.setattr(module, "XFORMERS", "0.0.35")
     assert choose_attention("auto", "cuda", torch.bfloat16) == ("xformers", "xformers 0.0.35 on CUDA")
     assert choose_attention("auto", "cuda", torch.float32)[0] == "sdpa"
-    monkeypatch.setattr("fastmim_kernels.attention.xformers_version", lambda: None)
+    monkeypatch.setattr(module, "XFORMERS", None)
     assert choose_attention("auto", "cuda", torch.bfloat16) == ("sdpa", "xformers is not installed")
 
 

@@ -1,0 +1,115 @@
+"""Forked processes for the tests of ranks and checkpoints: no import of torch to wait for, a real SIGKILL.
+
+Process groups are made in children of a fresh process (`scenarios`), never of pytest's, which may be in one.
+"""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fastmim.engine.ranks import Ranks
+
+TIMEOUT_S = 60  # of a child, and of a collective that waits for a killed rank
+
+
+class Child:
+    """`fn()` in a forked process. `result()` is what it returned; ("raised", type name, text) if it raised;
+    None if it was killed."""
+
+    def __init__(self, fn: Callable[[], Any]):
+        sys.stdout.flush()
+        reader, writer = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(reader)
+            run_and_exit(fn, writer)
+        os.close(writer)
+        self.pipe = os.fdopen(reader, "rb")
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+    def result(self) -> Any:
+        with self.pipe:
+            answer = self.pipe.read()
+        _, status = os.waitpid(self.pid, 0)
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+            return None
+        assert status == 0, f"the child ended with status {status}"
+        return pickle.loads(answer)
+
+
+def run_and_exit(fn: Callable[[], Any], writer: int) -> None:
+    """Never returns into pytest."""
+    try:
+        signal.alarm(TIMEOUT_S)  # a child that hangs ends with another signal than SIGKILL
+        torch.set_num_threads(1)  # OpenMP's threads did not come along
+        try:
+            answer = fn()
+        except Exception as error:
+            answer = ("raised", type(error).__name__, str(error))
+        with os.fdopen(writer, "wb") as pipe:
+            pipe.write(pickle.dumps(answer))
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
+def start_ranks(world: int, fn: Callable[[Ranks], Any]) -> list[Child]:
+    """`fn(ranks)` in `world` processes of one gloo group."""
+    store = Path(tempfile.mkdtemp(prefix="ranks-")) / "store"
+
+    def rank_main(rank: int) -> Any:
+        os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        dist.init_process_group(
+            "gloo", f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT_S)
+        )
+        dist.barrier()  # one that ends at once must not close the door on the others
+        return fn(Ranks.from_environment())
+
+    return [Child(lambda rank=rank: rank_main(rank)) for rank in range(world)]
+
+
+def on_ranks(world: int, fn: Callable[[Ranks], Any]) -> list[Any]:
+    """What each rank's `fn(ranks)` gave, as `Child.result` says."""
+    return [child.result() for child in start_ranks(world, fn)]
+
+
+def scenarios(script: Path) -> dict[str, Any]:
+    """What `main` of the script gathered in a process of its own."""
+    root = Path(__file__).resolve().parents[2]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "results"
+        environment = os.environ | {"PYTHONPATH": str(root)}
+        run = subprocess.run(
+            [sys.executable, str(script), str(out)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+        return pickle.loads(out.read_bytes())
+
+
+def main(functions: list[Callable[[Path], Any]]) -> None:
+    """Call each with an empty folder and leave their results, by name, in the file that argv names."""
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for fn in functions:
+            (Path(folder) / fn.__name__).mkdir()
+            results[fn.__name__] = fn(Path(folder) / fn.__name__)
+    Path(sys.argv[1]).write_bytes(pickle.dumps(results))

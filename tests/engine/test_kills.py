@@ -1,0 +1,66 @@
+"""kill -9 at twenty random moments of a run that saves every step; it ends as if nothing had happened."""
+
+import json
+import multiprocessing
+import random
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastmim.engine.checkpoint import Checkpoints
+from fastmim.engine.ranks import Ranks
+from tests.engine.conftest import tiny_run
+
+KILLS, STEPS = 20, 150
+
+
+def run_it(images: Path, run_dir: Path, save_every: int) -> None:
+    from fastmim.engine.pretrain import prepare, train
+
+    torch.set_num_threads(1)
+    resume = any((run_dir / "checkpoints").glob("step-*"))
+    train(prepare(tiny_run(images, run_dir, steps=STEPS, save_every=save_every, resume=resume, zero=1)))
+
+
+def newest(run_dir: Path) -> int:
+    return max((int(p.name[5:13]) for p in (run_dir / "checkpoints").glob("step-*")), default=0)
+
+
+@pytest.mark.slow
+def test_twenty_kills_during_saves(images, tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fastmim.engine.pretrain"])  # DeepSpeed is imported once, not 22 times
+    moments = random.Random(0)
+    killed, during_save = tmp_path / "killed", 0
+    for _ in range(KILLS):
+        before = newest(killed)
+        child = context.Process(target=run_it, args=(images, killed, 1))
+        child.start()
+        deadline = time.monotonic() + 60
+        while newest(killed) <= before and time.monotonic() < deadline:  # it has got somewhere
+            assert child.is_alive()
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, 0.1))
+        child.kill()
+        child.join()
+        reached = newest(killed)
+        during_save += any((killed / "checkpoints").glob(".tmp-*"))
+        found = Checkpoints(killed / "checkpoints", Ranks.single()).find()  # every byte compared
+        assert found is not None
+        assert found.step in (reached - 1, reached)  # the pointer follows the rename
+    assert newest(killed) < STEPS, "the run ended before the kills did"
+    assert during_save >= KILLS // 4  # the moments chosen do fall into saves
+
+    run_it(images, killed, 1)
+    run_it(images, tmp_path / "whole", STEPS)
+    losses = [
+        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (killed, tmp_path / "whole")
+    ]
+    assert len(losses[0]) == STEPS
+    assert losses[0] == losses[1]
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (killed, tmp_path / "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
