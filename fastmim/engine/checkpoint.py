@@ -104,7 +104,8 @@ class Checkpoints:
         try:
             need_bytes = main(lambda: self._make(tmp, facts, need_bytes))
             explained = partial(explain_full_disk, tmp, need_bytes)
-            every(lambda: explained(lambda: _write(tmp, write)))
+            every(lambda: _require_shared(tmp))
+            every(lambda: explained(lambda: write(tmp)))
             names = main(lambda: _written(tmp))
             share = every(lambda: explained(lambda: self._settle(tmp, names)))
             files = {name: entry for share in self.ranks.gather(share) for name, entry in share.items()}
@@ -112,7 +113,7 @@ class Checkpoints:
             return main(lambda: explained(lambda: self._publish(tmp, body)))
         except CheckpointError:
             if self.ranks.is_main:
-                shutil.rmtree(tmp, ignore_errors=True)
+                _give_room_back(tmp)
             raise
 
     def _make(self, tmp: Path, facts: Facts, need_bytes: int | None) -> int | None:
@@ -196,8 +197,8 @@ class Checkpoints:
         return found
 
     def _see(self, found: Any) -> None:
-        if (found is None and self._keys()) or (found is not None and _open(found.path)[0] != found):
-            raise CheckpointError(f"rank 0 sees other checkpoints in {self.folder} than this rank")
+        if self._keys() if found is None else _open(self.folder / found.path.name)[0] != found:
+            raise CheckpointError(f"rank 0 sees other checkpoints than this rank in {self.folder}")
 
     def _newest_whole(self) -> Checkpoint | None:
         keys, pointed = self._keys()[::-1], self._pointed()
@@ -243,10 +244,9 @@ class Checkpoints:
 # --- one checkpoint's folder -------------------------------------------------------------------------
 
 
-def _write(tmp: Path, write: Write) -> None:
+def _require_shared(tmp: Path) -> None:
     if not tmp.is_dir():
         raise CheckpointError(f"rank 0 made {tmp}, this rank does not see it: the folder must be shared")
-    write(tmp)
 
 
 def _written(tmp: Path) -> list[str]:
@@ -254,6 +254,13 @@ def _written(tmp: Path) -> list[str]:
     if not names or MANIFEST in names:
         raise CheckpointError(f"want files in {tmp}, none called {MANIFEST}, got {names}")
     return names
+
+
+def _give_room_back(tmp: Path) -> None:
+    for path in tmp.rglob("*"):
+        with suppress(OSError):  # torch's writer, when it fails, may keep its file open, and so on the disk
+            os.truncate(path, 0)
+    shutil.rmtree(tmp, ignore_errors=True)
 
 
 def _remove(folders: list[Path]) -> None:

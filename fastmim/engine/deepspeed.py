@@ -2,14 +2,17 @@
 
 import logging
 import os
+import warnings
 from datetime import timedelta
 from typing import Any
 
-os.environ.setdefault("DS_LOG_LEVEL", "warning")
-
-import deepspeed
 import torch
 import torch.distributed as dist
+
+# read when DeepSpeed is imported; unset, it looks for accelerators and warns that it found none
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
 
@@ -25,6 +28,8 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 def start_process_group(device: str) -> Ranks:
     """Join the ranks the launcher started, or be the only one. NCCL on CUDA, gloo on CPU."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 renamed, and says so at every first use
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     # The op would be compiled for forty seconds at the first start and serve CPU ranks only; gloo serves too.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
@@ -33,13 +38,25 @@ def start_process_group(device: str) -> Ranks:
     elif "OMP_NUM_THREADS" not in os.environ:  # ranks of one machine share its cores
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
-    backend = "nccl" if device == "cuda" else "gloo"
-    if not dist.is_initialized() and "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
-    elif not dist.is_initialized():  # alone: no port, no launcher
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if not dist.is_initialized():
+        meet("nccl" if device == "cuda" else "gloo")
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return Ranks.from_environment()
+
+
+def meet(backend: str) -> None:
+    """Join the other ranks where the launcher said. ValueError if that place is taken or out of reach."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # alone: no port to share with other runs
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return
+    try:
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    except dist.DistNetworkError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ValueError(
+            f"ranks: cannot meet at {place}; does another run use it? Give deepspeed another --master_port "
+            f"({str(error).splitlines()[0]})"
+        ) from error
 
 
 def deepspeed_dictionary(run: Run, plan: Plan) -> dict[str, Any]:

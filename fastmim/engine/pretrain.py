@@ -251,5 +251,12 @@ def write_results(run: Run, run_dir: Path, state: dict[str, Tensor], batch: Batc
     picture = method.to(batch.keys_B.device).eval().reconstruct(batch)
     if picture is not None:
         draw_reconstruction(picture, run.model, run_dir / "reconstruction.png")
+    report_bad_samples(run_dir / "bad_samples.jsonl")
     written = sorted(path.name for path in run_dir.iterdir() if path.suffix in (".png", ".safetensors"))
     print(f"{'done':>8}  {run_dir}: {', '.join(written)}", flush=True)
+
+
+def report_bad_samples(path: Path) -> None:
+    if path.exists():
+        names = {json.loads(line)["path"] for line in path.read_text().splitlines()}
+        print(f"{'note':>8}  {len(names)} files could not be decoded and were replaced: {path}")

@@ -14,7 +14,7 @@ Limits    xformers 0.0.34 to 0.0.35: the releases after them move its attention 
 This is the only file that knows xformers.
 """
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
@@ -79,6 +79,23 @@ def _installed(package: str) -> str | None:
 XFORMERS = _installed("xformers")  # looked up once: the choice below is made at every call
 
 
+@torch.compiler.assume_constant_result
+@cache
+def why_no_xformers() -> str | None:
+    """What keeps xformers from serving on this CUDA device, or None if nothing does.
+
+    Tried, not deduced, once: a wheel installs beside any torch, and its operators may yet fail to load.
+    """
+    if XFORMERS is None:
+        return "xformers is not installed"
+    try:
+        q = torch.zeros(1, 8, 1, 32, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        _xformers(q, q, q, (3, 5)).sum().backward()
+    except Exception as error:
+        return f"xformers {XFORMERS} does not work here: {str(error).strip().splitlines()[0]}"
+    return None
+
+
 def choose_attention(requested: Backend, device: str, dtype: torch.dtype) -> tuple[Backend, str]:
     """What `requested` means on `device` ("cuda", "cpu") in `dtype`, and why, for a person to read.
 
@@ -88,12 +105,10 @@ def choose_attention(requested: Backend, device: str, dtype: torch.dtype) -> tup
         raise ValueError(f"attention: want auto, xformers or sdpa, got {requested!r}")
     if device != "cuda":
         obstacle = f"xformers has no {device} operator"
-    elif XFORMERS is None:
-        obstacle = "xformers is not installed"
-    elif dtype == torch.float32:
-        obstacle = "xformers' fast operators want bf16 or fp16, this run is fp32"
+    elif dtype not in (torch.bfloat16, torch.float16):
+        obstacle = f"xformers' fast operators want bf16 or fp16, this is {str(dtype).removeprefix('torch.')}"
     else:
-        obstacle = None
+        obstacle = why_no_xformers()
     if requested == "sdpa":
         return "sdpa", "asked for by name"
     if obstacle is None:

@@ -69,10 +69,10 @@ def watch(folder: Path, kill_at: int | None = None) -> list[tuple[str, ...]]:
         elif name == "os.rename":
             happens("rename", str(args[0]), str(args[1]))
         elif name in ("os.mkdir", "os.rmdir", "os.remove"):
-            # rmtree names what it removes relative to an open folder
-            at = args[-1] if isinstance(args[-1], int) and args[-1] >= 0 else None
-            parent = "" if at is None else os.readlink(f"/proc/self/fd/{at}") + "/"
-            happens(name, parent + os.fsdecode(args[0]))
+            in_folder = (
+                "" if args[-1] < 0 else os.readlink(f"/proc/self/fd/{args[-1]}") + "/"
+            )  # as rmtree does
+            happens(name, in_folder + os.fsdecode(args[0]))
 
     os.fsync = fsync
     sys.addaudithook(hook)
@@ -216,6 +216,7 @@ def damaged(folder: Path) -> list:
                 (folder / f"step-{step:08d}" / "shard-1.pt").write_bytes(b"not a shard")
             ranks.barrier()
             answers.append(outcome(lambda: find(folder, ranks)))
+            ranks.barrier()
         return answers
 
     return on_ranks(2, work)

@@ -77,8 +77,9 @@ def start_ranks(world: int, fn: Callable[[Ranks], Any]) -> list[Child]:
         dist.init_process_group(
             "gloo", f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT_S)
         )
-        dist.barrier()  # one that ends at once must not close the door on the others
-        return fn(Ranks.from_environment())
+        ranks = Ranks.from_environment()
+        ranks.barrier()  # all have met: one that ends at once does not close the door on the others
+        return fn(ranks)
 
     return [Child(lambda rank=rank: rank_main(rank)) for rank in range(world)]
 

@@ -58,9 +58,10 @@ def test_the_choice_is_said_with_its_reason(monkeypatch):
     module = sys.modules["fastmim_kernels.attention"]  # the package exports its function by that name
     assert choose_attention("auto", "cpu", torch.float32) == ("sdpa", "xformers has no cpu operator")
     monkeypatch.setattr(module, "XFORMERS", "0.0.35")
+    monkeypatch.setattr(module, "why_no_xformers", lambda: None)
     assert choose_attention("auto", "cuda", torch.bfloat16) == ("xformers", "xformers 0.0.35 on CUDA")
     assert choose_attention("auto", "cuda", torch.float32)[0] == "sdpa"
-    monkeypatch.setattr(module, "XFORMERS", None)
+    monkeypatch.setattr(module, "why_no_xformers", lambda: "xformers is not installed")
     assert choose_attention("auto", "cuda", torch.bfloat16) == ("sdpa", "xformers is not installed")
 
 
@@ -74,3 +75,15 @@ def test_what_cannot_be_had_is_refused(device):
         attention(q, k, v, segments=(1, 2))
     with pytest.raises(ValueError, match="want three"):
         attention(q, k[:, :2], v)
+
+
+def test_xformers_is_tried_before_it_is_chosen(monkeypatch):
+    module = sys.modules["fastmim_kernels.attention"]
+    monkeypatch.setattr(module, "XFORMERS", None)
+    module.why_no_xformers.cache_clear()
+    assert module.why_no_xformers() == "xformers is not installed"
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(module, "XFORMERS", "0.0.35")
+        module.why_no_xformers.cache_clear()
+        assert module.why_no_xformers().startswith("xformers 0.0.35 does not work here: ")
+    module.why_no_xformers.cache_clear()
