@@ -110,6 +110,7 @@ def main(functions: list[Callable[[Path], Any]]) -> None:
     """Call each with an empty folder and leave their results, by name, in the file that argv names."""
     results = {}
     with tempfile.TemporaryDirectory() as folder:
+        tempfile.tempdir = folder  # the stores of the ranks go with it
         for fn in functions:
             (Path(folder) / fn.__name__).mkdir()
             results[fn.__name__] = fn(Path(folder) / fn.__name__)
