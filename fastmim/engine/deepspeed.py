@@ -4,6 +4,7 @@ import logging
 import os
 import warnings
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -120,6 +121,29 @@ def wrap(method: Method, run: Run, plan: Plan) -> deepspeed.DeepSpeedEngine:
         dist_init_required=False,
     )
     return engine
+
+
+def save_shards(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
+    """Write this rank's shards into `folder`. A call for all ranks at once; raises what its writes raised.
+
+    DeepSpeed's save has barriers: a rank that left at its first failed write would leave the others waiting,
+    so it goes through to the end and fails there.
+    """
+    write, failures = engine.checkpoint_engine.save, []
+
+    def write_or_remember(*args: Any, **options: Any) -> Any:
+        try:
+            return write(*args, **options)
+        except Exception as error:
+            failures.append(error)
+
+    engine.checkpoint_engine.save = write_or_remember
+    try:
+        engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+    finally:
+        engine.checkpoint_engine.save = write
+    if failures:
+        raise failures[0]
 
 
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:

@@ -92,11 +92,21 @@ def explain_full_disk(path: Path, need_bytes: int | None, fn: Callable[[], T]) -
     try:
         return fn()
     except Exception as error:
-        free = shutil.disk_usage(path if path.exists() else path.parent).free
+        free = shutil.disk_usage(existing(path)).free + size_below(path)  # as it was before this write
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if full or free < NEARLY_FULL:
+        if full or shutil.disk_usage(existing(path)).free < NEARLY_FULL:
             raise OSError(errno.ENOSPC, full_disk(path, need_bytes, free)) from error
         raise
+
+
+def existing(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that is there."""
+    return path if path.exists() or path == path.parent else existing(path.parent)
+
+
+def size_below(folder: Path) -> int:
+    """Bytes of all files in a folder, 0 if it is not there."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def full_disk(path: Path, need_bytes: int | None, free: int) -> str:

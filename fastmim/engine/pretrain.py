@@ -3,7 +3,7 @@
 import json
 import logging
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from fastmim.data import BadImages, Images, Loader, SampleOrder, check_decoder, 
 from fastmim.data.sample import sample_set
 from fastmim.engine.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from fastmim.engine.config import Plan, Run, as_dict, fingerprint, make_plan, run_facts
-from fastmim.engine.deepspeed import start_process_group, whole_state, wrap
+from fastmim.engine.deepspeed import save_shards, start_process_group, whole_state, wrap
 from fastmim.engine.doctor import versions
 from fastmim.engine.loop import train_loop
 from fastmim.engine.metrics import Metrics, NonFinite
@@ -91,6 +91,7 @@ def train(p: Prepared, *, arguments: list[str] | None = None) -> None:
         write_configuration(p, arguments)
         describe(p)
     need_bytes = checkpoint_bytes(p.method, run, plan)
+    p.method.peers = ranks
     engine = wrap(p.method, run, plan)
     start_step = restore(engine, p.found, ranks) if p.found else 0
     order = SampleOrder(
@@ -134,7 +135,7 @@ def build_method(run: Run) -> Method:
     """The method with fresh weights of the seed, or with those of `--init-from`."""
     torch.manual_seed(run.seed)
     method = run.method.build(run.model)
-    if run.init_from is not None:
+    if run.init_from is not None and not run.resume:
         state = method.state_dict()
         method.load_state_dict(from_mae(read_weights(run.init_from), state, f"init-from: {run.init_from}"))
     return method
@@ -216,7 +217,7 @@ def checkpoint_bytes(method: Method, run: Run, plan: Plan) -> int:
 
 def write_shards(engine: deepspeed.DeepSpeedEngine, folder: Path, ranks: Ranks) -> None:
     """This rank's files: DeepSpeed's shards and the rank's own random state."""
-    engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+    save_shards(engine, folder)
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -246,7 +247,7 @@ def write_results(run: Run, run_dir: Path, state: dict[str, Tensor], batch: Batc
     save_file(part_of(state, ENCODER), run_dir / "encoder.safetensors", metadata=metadata)
     save_file(to_mae(state), run_dir / "model.safetensors", metadata=metadata)
     draw_loss(run_dir / "metrics.jsonl", run_dir / "loss.png")
-    method = run.method.build(run.model)
+    method = run.method.build(replace(run.model, attention="auto"))  # in fp32, which xformers may not serve
     method.load_state_dict(state)
     picture = method.to(batch.keys_B.device).eval().reconstruct(batch)
     if picture is not None:

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -81,6 +83,18 @@ class Ranks:
         box = [obj if self.is_main else None]
         dist.broadcast_object_list(box, src=0, group=self._gloo)
         return box[0]
+
+    def gather_rows(self, x: Tensor) -> Tensor:
+        """`[B, ...]` of every rank as `[world * B, ...]`, in rank order, without gradient.
+
+        For tensors of a training step, over the default group: all ranks the same shape and dtype.
+        """
+        x = x.detach().contiguous()
+        if self.world == 1:
+            return x
+        rows = [torch.empty_like(x) for _ in range(self.world)]
+        dist.all_gather(rows, x)
+        return torch.cat(rows)
 
     def all_succeed(self, fn: Callable[[], T], what: str, raises: type[Exception] = RankError) -> T:
         """`fn()` on this rank, once it has succeeded on every rank.

@@ -61,10 +61,13 @@ class Reconstruction:
 class Peers(Protocol):
     """The ranks that share the batch, for methods whose loss looks across it."""
 
-    rank: int
-    world: int
+    @property
+    def rank(self) -> int: ...
 
-    def gather(self, x: Tensor) -> Tensor:
+    @property
+    def world(self) -> int: ...
+
+    def gather_rows(self, x: Tensor) -> Tensor:
         """`[B, ...]` of every rank as `[world * B, ...]`, in rank order, without gradient."""
 
 
@@ -73,7 +76,7 @@ class Method(nn.Module):
 
     encoder: nn.Module  # f: what is kept when pre-training ends
     views: tuple[View, ...]  # what it asks of the data, in this order
-    peers: Peers | None = None  # set by the engine before the first step; None on one rank
+    peers: Peers  # set by the engine before the first step
 
     def forward(self, batch: Batch) -> Output:
         raise NotImplementedError

@@ -5,6 +5,7 @@ import signal
 import time
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from fastmim.engine.ranks import RankError, Ranks
@@ -22,6 +23,15 @@ def travel(_: Path) -> list:
         return [(g["rank"], len(g["text"])) for g in gathered], told, of_main, own_group, who
 
     return on_ranks(3, work)
+
+
+def rows(_: Path) -> list:
+    def work(ranks: Ranks):
+        x = (torch.arange(6.0).view(3, 2) + 100 * ranks.rank).requires_grad_()
+        gathered = ranks.gather_rows(x.T)  # strided
+        return gathered.tolist(), gathered.requires_grad
+
+    return on_ranks(2, work)
 
 
 def slow_barrier(_: Path) -> list:
@@ -93,6 +103,7 @@ if __name__ == "__main__":
     main(
         [
             travel,
+            rows,
             slow_barrier,
             failures,
             failure_of_main,

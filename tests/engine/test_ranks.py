@@ -31,6 +31,12 @@ def test_one_process_needs_no_process_group(monkeypatch):
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
+def test_rows_are_gathered_in_rank_order_without_gradient(answers):
+    x = [[0, 2, 4], [1, 3, 5]]
+    both = [*x, *[[100 + v for v in row] for row in x]]
+    assert answers["rows"] == [(both, False)] * 2
+
+
 @pytest.mark.parametrize("fields", [(2, 2, 0), (-1, 1, 0), (0, 1, -1)])
 def test_impossible_ranks_are_refused(fields):
     with pytest.raises(ValueError, match="want 0 <= rank < world"):

@@ -140,6 +140,7 @@ class Siamese(Method):
         with torch.no_grad():
             target = self.teacher(large, everything)[:, 0]
         online = self.encoder(large, everything[:, :4])[:, 0]
+        assert self.peers.gather_rows(online).shape[0] == self.peers.world * len(online)
         loss = (online - target).square().mean() + self.head(online).square().mean()
         return Output(loss.float(), {"target": target.float().mean()})
 
