@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as fastmim/train.py; read when torch starts OpenMP
+
 import pytest
 import torch
 
