@@ -116,6 +116,7 @@ class Report:
     def __init__(self, run_dir: Path, plan: Plan, start_step: int):
         self.total, self.start = plan.total_steps, time.monotonic()
         self.first_step = start_step
+        self.unit = "GPU" if plan.device == "cuda" else "rank"
         path = run_dir / "metrics.jsonl"
         keep_rows_up_to(path, start_step)
         self.file = path.open("a")
@@ -135,7 +136,7 @@ class Report:
         last = rows[-1]
         mean_loss = sum(row["loss"] for row in rows) / len(rows)
         words = (
-            f"loss {mean_loss:.4f}  lr {last['lr']:.2e}  {last['images_per_s']:.1f} img/s per rank  "
+            f"loss {mean_loss:.4f}  lr {last['lr']:.2e}  {last['images_per_s']:.1f} img/s per {self.unit}  "
             f"waiting for data {100 * last['data_wait']:.0f} %"
         )
         if self.bar is not None:

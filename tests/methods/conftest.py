@@ -4,6 +4,7 @@ import pytest
 import torch
 from fastmim_kernels import sample_keys
 
+from fastmim.methods.base import Method
 from fastmim.models.mae_decoder import DecoderConfig
 from fastmim.models.vit import ViTConfig
 from fastmim.views import Batch
@@ -23,3 +24,16 @@ def make_batch(size: int = 5, seed: int = 3) -> Batch:
     image[0, :8] = 128  # flat patches: variance 0
     ids = torch.arange(size)
     return Batch((image,), sample_keys(0, 0, ids), ids, 0)
+
+
+def assert_overfits(method: Method, batch: Batch) -> None:
+    """Sixty steps on one batch halve the loss."""
+    optimizer = torch.optim.AdamW(method.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(60):
+        loss = method(batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]

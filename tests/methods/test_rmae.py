@@ -13,7 +13,7 @@ from fastmim.methods.rmae import RMAE, RMAEConfig
 from fastmim.models.vit import split_views
 from fastmim.views import Batch
 
-from .conftest import DECODER, MODEL
+from .conftest import DECODER, MODEL, assert_overfits
 from .plain import decode, encode, patch_targets, visible_mask
 
 N = MODEL.num_patches
@@ -154,16 +154,7 @@ def test_every_parameter_learns(batch):
 
 
 def test_it_can_overfit_one_batch(batch):
-    rmae = make_rmae()
-    optimizer = torch.optim.AdamW(rmae.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(60):
-        loss = rmae(batch).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
+    assert_overfits(make_rmae(), batch)
 
 
 def test_bad_choices_are_refused():
