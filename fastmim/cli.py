@@ -63,7 +63,16 @@ def main() -> None:
         hint = f"; did you mean {near[0]}?" if near else ""
         print(f"fastmim: error: want one of {', '.join(COMMANDS)}, got {name!r}{hint}", file=sys.stderr)
         sys.exit(2)
-    COMMANDS[name](arguments)
+    try:
+        COMMANDS[name](arguments)
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("fastmim"):
+            raise
+        print(
+            f"fastmim: error: {name} needs the package {error.name}: pip install -e '.[engine]'",
+            file=sys.stderr,
+        )
+        sys.exit(2)
 
 
 if __name__ == "__main__":

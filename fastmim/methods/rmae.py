@@ -107,5 +107,7 @@ class RMAE(MAE):
 
 
 def scored_mean(loss_BL: Tensor, weight_BL: Tensor | None) -> Tensor:
-    """Mean over the scored patches of the micro-batch: Sum w l / Sum w."""
-    return loss_BL.mean() if weight_BL is None else (loss_BL * weight_BL).sum() / weight_BL.sum()
+    """Mean over the scored patches of the micro-batch: Sum w l / Sum w, 0 if there are none."""
+    if weight_BL is None:
+        return loss_BL.mean()
+    return (loss_BL * weight_BL).sum() / weight_BL.sum().clamp(min=1)

@@ -9,7 +9,7 @@ from fastmim_kernels.testing import assert_no_worse
 
 from fastmim.interop.mae import to_mae
 from fastmim.methods.mae import MAEConfig
-from fastmim.methods.rmae import RMAE, RMAEConfig
+from fastmim.methods.rmae import RMAE, RMAEConfig, scored_mean
 from fastmim.models.vit import split_views
 from fastmim.views import Batch
 
@@ -162,3 +162,10 @@ def test_bad_choices_are_refused():
         RMAEConfig(relax_weight=-1.0)
     with pytest.raises(ValueError, match="t2-ratio: want a ratio between 0 and 1, got 0"):
         RMAEConfig(t2_ratio=0.0)
+
+
+def test_nothing_scored_is_no_loss_and_not_nan():
+    x = torch.ones(2, 3, requires_grad=True)
+    loss = scored_mean(x, torch.zeros(2, 3))
+    assert loss == 0
+    assert not torch.autograd.grad(loss, x)[0].any()
