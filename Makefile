@@ -6,11 +6,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
 
-.PHONY: help setup train test lint format golden pins clean
+.PHONY: help setup train test bench lint format golden pins clean
 
 help:
 	@echo "make train   install into $(VENV) and train R-MAE on the embedded sample set (ARGS='--steps 50' adds flags)"
 	@echo "make test    install into $(VENV) and run all tests (ARGS='-k rmae' selects)"
+	@echo "make bench   everything that is measured on a GPU, in 8 minutes (ARGS='--quick' in 2, ARGS='--rehearse' on a CPU)"
 	@echo "make lint    ruff, import contracts, mypy"
 	@echo "make format  ruff format and the fixes it knows"
 	@echo "make golden  record the golden losses anew, after a change that is meant to change results"
@@ -39,6 +40,9 @@ train: alive
 
 test: alive
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: alive
+	$(BIN)/python benchmarks/gpu_round.py $(ARGS)
 
 lint: alive
 	$(BIN)/ruff check .

@@ -1,0 +1,111 @@
+"""Reference FLOPs of one training step, per image: what MFU is always taken with.
+
+    block     24 T D^2 + 4 D sum over segments of n^2          T tokens of width D, forward
+    linear    2 rows in out                                    patch embedding, decoder embedding, head
+    step      forward + backward; backward = 2 forward, 1 forward for the patch embedding, whose input is
+              the image and takes no gradient
+
+They are those of the method as its paper computes it: all N patches are embedded, once, whatever is seen, and
+all tokens go through the decoder's head. What an implementation leaves out, or computes twice, does not
+change them: leaving out shows up as speed.
+
+Not counted  LayerNorm, GELU, softmax, biases, residual sums, positions, the loss, the optimizer.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fastmim_kernels import num_seen
+
+from fastmim.methods import MAEConfig, RMAEConfig
+from fastmim.methods.base import MethodConfig
+from fastmim.models.vit import ViTConfig
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A matrix product `[rows, n_in] x [n_in, n_out]` per image, `count` times in a step."""
+
+    rows: int
+    n_in: int
+    n_out: int
+    count: int = 1
+    input_gradient: bool = True
+
+    @property
+    def flops(self) -> int:
+        """Forward and backward."""
+        return 2 * self.rows * self.n_in * self.n_out * self.count * (3 if self.input_gradient else 2)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """`depth` blocks on runs of tokens that do not see one another."""
+
+    segments: tuple[int, ...]
+    width: int
+    depth: int
+
+    def linears(self) -> Iterator[Linear]:
+        rows, D = sum(self.segments), self.width
+        for n_in, n_out in ((D, 3 * D), (D, D), (D, 4 * D), (4 * D, D)):
+            yield Linear(rows, n_in, n_out, self.depth)
+
+    @property
+    def attention_flops(self) -> int:
+        """Forward and backward."""
+        return 3 * 4 * self.width * sum(n * n for n in self.segments) * self.depth
+
+
+@dataclass(frozen=True)
+class Work:
+    """All the products of one image's step."""
+
+    stacks: tuple[Stack, ...]
+    others: tuple[Linear, ...]
+
+    def linears(self) -> Iterator[Linear]:
+        for stack in self.stacks:
+            yield from stack.linears()
+        yield from self.others
+
+    @property
+    def flops(self) -> int:
+        attention = sum(stack.attention_flops for stack in self.stacks)
+        return sum(linear.flops for linear in self.linears()) + attention
+
+
+def work(method: MethodConfig, model: ViTConfig) -> Work:
+    """The reference work of one image. ValueError for a method whose formula is not written here."""
+    views = seen_of_views(method, model)
+    assert isinstance(method, MAEConfig)
+    N, V, d = model.num_patches, len(views), method.decoder.width
+    tokens = tuple(1 + seen for seen in views)
+    return Work(
+        stacks=(
+            Stack(tokens, model.width, model.depth),
+            Stack((1 + N,) * V, d, method.decoder.depth),
+        ),
+        others=(
+            Linear(N, model.patch_values, model.width, input_gradient=False),
+            Linear(sum(tokens), model.width, d),
+            Linear(V * (1 + N), d, model.patch_values),
+        ),
+    )
+
+
+def seen_of_views(method: MethodConfig, model: ViTConfig) -> tuple[int, ...]:
+    """How many patches each view of the method shows to the encoder."""
+    N = model.num_patches
+    if type(method) is MAEConfig:
+        return (num_seen(N, method.mask_ratio),)
+    if type(method) is RMAEConfig:
+        first = num_seen(N, method.mask_ratio)
+        second = {"complement": N - first, "full": N, "independent": num_seen(N, method.t2_ratio)}
+        return first, second[method.t2]
+    raise ValueError(f"want a method whose FLOPs are known, mae or rmae, got {method.name}")
+
+
+def step_flops(method: MethodConfig, model: ViTConfig) -> int:
+    """Reference FLOPs of one image, forward and backward."""
+    return work(method, model).flops

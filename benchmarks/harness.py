@@ -1,0 +1,305 @@
+"""Time fused ops against their baselines. Right first, then fast: no number without a check.
+
+python -m benchmarks.harness norm_pix_loss_image    appends to benchmarks/results/norm_pix_loss_image.jsonl
+python -m benchmarks.plot norm_pix_loss_image       reads that file and draws; measures nothing
+
+Providers take turns in rounds, so that a clock that drifts drifts for all. On CUDA the L2 is cleared and the
+queue is filled before each call: the time is the device's, without that of the host that launches.
+"""
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PACKAGES = ("torch", "triton", "xformers", "deepspeed", "nvidia-dali-cuda130", "timm", "transformers")
+SOURCES = ("fastmim/**/*.py", "kernels/**/*.py", "benchmarks/**/*.py")
+QUANTILES = (0.2, 0.5, 0.8)
+
+TOLERANCE = 2e-2  # of the largest value of each output: five steps of bf16
+ROUNDS, QUICK_ROUNDS = 6, 2
+ROUND_MS = 60.0  # of each provider's own time in a round
+FLUSH_BYTES = 256 * 2**20  # more than any L2
+HEAD_START_CYCLES = 2_000_000  # about a millisecond, in which the host queues the call
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One measured call. `run` returns what it computed, so that it can be checked."""
+
+    op: str
+    provider: str  # the first of a group is the baseline that the others are checked against
+    mode: str  # "forward", "forward_backward"
+    shape: dict[str, int]
+    dtype: str
+    bytes_moved: int  # the least traffic the op can do: the same number for every provider
+    run: Callable[[], tuple[Tensor, ...]]
+    flops: int = 0  # of the definition, likewise; 0 where bandwidth is the limit
+    oracle: Callable[[], tuple[Tensor, ...]] | None = None  # of the first: what all are checked against
+    absent: str | None = None  # why this provider cannot be had here
+
+
+# --- where a number was measured --------------------------------------------------------------------
+
+
+def environment() -> dict[str, Any]:
+    """Device, versions, state of the code, command and time: what every row ends with."""
+    return {
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "dirty": None if (status := git("status", "--porcelain")) is None else bool(status),
+        "sources": sources_digest(),
+        "device": torch.cuda.get_device_name()
+        if DEVICE == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads",
+        "load": round(os.getloadavg()[0], 1),  # of the host: a busy one makes CPU figures worthless
+        "versions": {"python": sys.version.split()[0], **versions()},
+        "command": shlex.join(["python", *map(portable, sys.argv)]),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def portable(argument: str) -> str:
+    """An absolute path without the folders of one machine."""
+    path = Path(argument)
+    if not path.is_absolute():
+        return argument
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+
+
+def git(*arguments: str) -> str | None:
+    """What git says of this repository; None where there is no git or no repository."""
+    try:
+        run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return None
+    return run.stdout.strip() if run.returncode == 0 else None
+
+
+@cache
+def sources_digest() -> str:
+    """Twelve digits of the SHA-256 of the code, which names it where there is no commit to name."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in SOURCES for path in ROOT.glob(pattern)):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    found["cuda"] = torch.version.cuda
+    return found
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """One more line, whole and on disk before the next measurement begins."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as out:
+        out.write(json.dumps(row) + "\n")
+
+
+# --- time -------------------------------------------------------------------------------------------
+
+
+def quantiles(values: Sequence[float]) -> list[float]:
+    """The 20th, 50th and 80th percentile."""
+    return (
+        torch.tensor(values, dtype=torch.float64)
+        .quantile(torch.tensor(QUANTILES, dtype=torch.float64))
+        .tolist()
+    )
+
+
+@cache
+def flush_buffer() -> Tensor:
+    return torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+
+
+def samples(run: Callable[[], object], count: int) -> list[float]:
+    """Milliseconds of `count` calls."""
+    if DEVICE == "cpu":
+        times = []
+        for _ in range(count):
+            start = time.perf_counter()
+            run()
+            times.append((time.perf_counter() - start) * 1e3)
+        return times
+    events = []
+    for _ in range(count):
+        flush_buffer().zero_()
+        torch.cuda._sleep(HEAD_START_CYCLES)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        events.append((start, end))
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in events]
+
+
+def take_turns(
+    runs: Sequence[Callable[[], object]], rounds: int, round_ms: float = ROUND_MS
+) -> list[list[float]]:
+    """Milliseconds of the calls of each, taken in rounds whose order is turned each time."""
+    counts = [max(3, min(100, round(ROUND_MS / min(samples(run, 3))))) for run in runs]
+    times: list[list[float]] = [[] for _ in runs]
+    for turn in range(rounds):
+        for i in range(len(runs))[:: 1 if turn % 2 == 0 else -1]:
+            times[i] += samples(runs[i], counts[i])
+    return times
+
+
+@cache
+def copy_gb_per_s() -> float:
+    """Bytes read and written per second by a copy, of random values too large for any cache."""
+    source = torch.randint(0, 256, (2**30 if DEVICE == "cuda" else 2**26,), dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return 2 * source.numel() / quantiles(samples(lambda: target.copy_(source), 20))[1] / 1e6
+
+
+@cache
+def matmul_tflop_per_s(dtype: torch.dtype) -> float:
+    """What the library reaches on one large square product of random values."""
+    n = 8192 if DEVICE == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=DEVICE, dtype=dtype) for _ in range(2))
+    samples(lambda: a @ b, 5)
+    return 2 * n**3 / quantiles(samples(lambda: a @ b, 30))[1] / 1e9
+
+
+# --- check, then time -------------------------------------------------------------------------------
+
+
+def relative_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest error of any output in units of that output's largest value; inf where shapes differ."""
+    worst = 0.0
+    for a, e in zip(actual, expected, strict=True):
+        scale = e.abs().max().double().item()
+        if not 0 < scale < float("inf"):
+            raise ValueError(f"want a baseline that is finite and not zero, got a largest value of {scale}")
+        error = (a.double() - e.double()).abs().max().item() / scale if a.shape == e.shape else float("inf")
+        worst = max(worst, error if error == error else float("inf"))
+    return worst
+
+
+def extra_mib(run: Callable[[], object]) -> float | None:
+    """Device memory taken at most beyond what was there before; None on a CPU, which does not count it."""
+    if DEVICE == "cpu":
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def measure(cases: Sequence[Case], rounds: int) -> Iterator[dict[str, Any]]:
+    """Check every provider against the first, or its oracle, and time those that agree. A row for each."""
+    expected = (cases[0].oracle or cases[0].run)()
+    sound, errors = [], []
+    for case in cases:
+        try:
+            error = relative_error(case.run(), expected)
+            failed = None if error <= TOLERANCE else f"off by {error:.2g} of the largest value"
+        except Exception as exception:
+            failed = f"{type(exception).__name__}: {str(exception).strip().splitlines()[0][:200]}"
+        if failed is None:
+            sound.append(case)
+            errors.append(error)
+        else:
+            yield {**named(case), "failed": failed}
+    times = take_turns([case.run for case in sound], rounds)
+    for case, error, taken in zip(sound, errors, times, strict=True):
+        low, median, high = quantiles(taken)
+        yield {
+            **named(case),
+            "ms": median,
+            "ms_p20": low,
+            "ms_p80": high,
+            "calls": len(taken),
+            "gb_per_s": case.bytes_moved / median / 1e6,
+            "tflop_per_s": case.flops / median / 1e9 if case.flops else None,
+            "extra_mib": extra_mib(case.run),
+            "error": error,
+            "copy_gb_per_s": copy_gb_per_s(),
+        }
+
+
+def named(case: Case) -> dict[str, Any]:
+    return {k: v for k, v in vars(case).items() if k not in ("run", "oracle", "absent")}
+
+
+def measure_groups(
+    groups: Iterable[list[Case]], providers: Sequence[str] | None, rounds: int
+) -> Iterator[dict[str, Any]]:
+    """Rows of every group, with the providers that are asked for and can be had; the baseline always."""
+    for group in groups:
+        wanted = [c for i, c in enumerate(group) if i == 0 or providers is None or c.provider in providers]
+        for case in wanted:
+            if case.absent:
+                print(f"{case.provider:>10}  absent: {case.absent}")
+        yield from measure([case for case in wanted if not case.absent], rounds)
+
+
+def sentence(row: dict[str, Any]) -> str:
+    shape = " ".join(f"{k}={v}" for k, v in row["shape"].items())
+    head = f"{row['provider']:>10}  {row['mode']:<16}  {shape}  {row['dtype']}"
+    if "failed" in row:
+        return f"{head}  FAILED: {row['failed']}"
+    tflops = f"  {row['tflop_per_s']:.3g} TFLOP/s" if row["tflop_per_s"] else ""
+    return f"{head}  {row['ms']:.3f} ms  {row['gb_per_s']:.3g} of {row['copy_gb_per_s']:.3g} GB/s{tflops}"
+
+
+def module_exists(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("op", help="a module of benchmarks/ops")
+    parser.add_argument("--providers", nargs="+", help="only these, beside the baseline")
+    parser.add_argument("--quick", action="store_true", help="the last case alone, fewer rounds")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
+    a = parser.parse_args(arguments)
+    if not module_exists(f"benchmarks.ops.{a.op}"):
+        known = sorted(path.stem for path in (ROOT / "benchmarks" / "ops").glob("*.py"))
+        parser.error(f"want one of {', '.join(known)}, got {a.op!r}")
+    torch.manual_seed(0)
+    env, failures = environment(), 0
+    groups = import_module(f"benchmarks.ops.{a.op}").cases()
+    chosen = deque(groups, maxlen=1) if a.quick else groups
+    for row in measure_groups(chosen, a.providers, QUICK_ROUNDS if a.quick else ROUNDS):
+        append(a.results / f"{a.op}.jsonl", {**row, **env})
+        print(sentence(row), flush=True)
+        failures += "failed" in row
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

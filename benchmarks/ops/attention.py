@@ -1,0 +1,74 @@
+"""attention at the shapes of MAE and R-MAE: short sequences, many of them.
+
+Question   which back end is fastest at 50 tokens, at 197 tokens of heads of 32, and at two views packed into
+           one sequence; and does `auto` choose it?
+Expected   3 to 8 % of a step. At 50 tokens a tile is half empty, so kernels made for long sequences leave
+           much; two packed views cost sdpa two calls and xformers one.
+Baselines  the reference (a softmax of a matrix) in the dtype of its inputs, eager and compiled whole; torch's
+           and xformers' kernels. All are checked against the reference in fp32.
+FLOP       4 T^2 d of each head, segment by segment; backward twice that. Recomputation earns nothing.
+Bytes      q, k, v read and out written; backward those and the gradient read, three gradients written.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from fastmim_kernels import attention
+from fastmim_kernels.attention import attention_reference, why_no_xformers
+from torch import Tensor
+
+from benchmarks.harness import DEVICE, Case
+
+IMAGES = [1024] if DEVICE == "cuda" else [16]
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+SHAPES = [  # segments, heads, width of a head
+    ((197,), 16, 32),  # the decoder of MAE
+    ((50, 148), 12, 64),  # the encoder of R-MAE ViT-B, two views packed
+    ((50,), 12, 64),  # the encoder of MAE ViT-B
+]
+PROVIDERS = {
+    "eager": attention_reference,
+    "compile": torch.compile(attention_reference, dynamic=False),
+    "sdpa": partial(attention, backend="sdpa"),
+    "xformers": partial(attention, backend="xformers"),
+    "fastmim": attention,
+}
+
+
+def oracle(q: Tensor, k: Tensor, v: Tensor, segments: tuple[int, ...]) -> Tensor:
+    return attention_reference(q.float(), k.float(), v.float(), segments).to(q.dtype)
+
+
+def forward_backward(
+    provider: str, inputs: tuple[Tensor, ...], segments: tuple[int, ...], grad: Tensor
+) -> tuple[Tensor, ...]:
+    out = (oracle if provider == "oracle" else PROVIDERS[provider])(*inputs, segments=segments)
+    return out.detach(), *torch.autograd.grad(out, inputs, grad)
+
+
+def cases() -> Iterator[list[Case]]:
+    no_xformers = why_no_xformers() if DEVICE == "cuda" else "xformers has no cpu operator"
+    for images in IMAGES:
+        for segments, heads, d in SHAPES:
+            T = sum(segments)
+            inputs = tuple(
+                torch.randn(images, T, heads, d, device=DEVICE, dtype=DTYPE, requires_grad=True)
+                for _ in range(3)
+            )
+            grad = torch.randn(images, T, heads, d, device=DEVICE, dtype=DTYPE)
+            yield [
+                Case(
+                    op="attention",
+                    provider=provider,
+                    mode="forward_backward",
+                    shape={"B": images, "T": T, "segments": len(segments), "H": heads, "d": d},
+                    dtype=str(DTYPE).removeprefix("torch."),
+                    bytes_moved=12 * grad.numel() * DTYPE.itemsize,
+                    flops=3 * 4 * images * heads * d * sum(n * n for n in segments),
+                    run=partial(forward_backward, provider, inputs, segments, grad),
+                    oracle=partial(forward_backward, "oracle", inputs, segments, grad),
+                    absent=no_xformers if provider == "xformers" else None,
+                )
+                for provider in PROVIDERS
+            ]

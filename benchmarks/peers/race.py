@@ -1,0 +1,148 @@
+"""A peer against our method: the same work, the same batch, in turns, in one process.
+
+The peer is built with the weights of our method and shown the same patches of the same images: its loss must
+then be ours, in fp32 on the CPU and in the precision of the race on the device. Only then is it timed, as its
+users train it: fp32 weights under autocast, torch's fused AdamW, its own random masks; eager and compiled.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from fastmim_kernels import split_patches
+from torch import Tensor, nn
+
+from benchmarks.engines import (
+    CHECK_IMAGES,
+    LOSS_TOLERANCE,
+    AutocastEngine,
+    Engine,
+    check_method,
+    check_step,
+    demand,
+    first,
+    make_engine,
+    relative,
+    repeated,
+    step,
+    synthetic,
+    time_steps,
+    use_any_attention,
+)
+from benchmarks.flops import step_flops
+from benchmarks.harness import DEVICE, append, environment, module_exists
+from benchmarks.throughput import add_work, configured, describe, fractions, peak_gib, rates, sentence
+from fastmim.methods import MAEConfig
+from fastmim.methods.mae import MAE
+from fastmim.models.vit import ViTConfig
+from fastmim.optim import OptimConfig
+from fastmim.views import Batch
+
+ROUNDS = 4
+MASK_TOLERANCE = 5e-2  # of the loss of a batch, between two draws of its masks
+
+
+class Peer(nn.Module):
+    """What the peer wants, from the uint8 batch that ours reads: `net(pixels, noise)` is its loss."""
+
+    def __init__(self, net: nn.Module, model: ViTConfig):
+        super().__init__()
+        self.net = net
+        self.register_buffer("mean", torch.tensor(model.pixel_mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(model.pixel_std).view(1, -1, 1, 1))
+
+    def forward(self, batch: Batch, noise_BN: Tensor | None = None) -> Tensor:
+        pixels_BCHW = batch.views[0].permute(0, 3, 1, 2).float() / 255
+        return self.net((pixels_BCHW - self.mean) / self.std, noise_BN)
+
+
+def noise_that_shows(method: MAE, batch: Batch) -> Tensor:
+    """Noise whose K smallest values are at the patches that our method sees. `[B, N]`"""
+    seen_BK, _ = split_patches(batch.keys_B, method.model.num_patches, method.num_seen)
+    noise = torch.ones(len(seen_BK), method.model.num_patches, device=seen_BK.device)
+    return noise.scatter_(1, seen_BK, 0.0)
+
+
+@torch.no_grad()
+def check_peer(peer: Peer, method: MAE, batch: Batch, precision: str) -> float:
+    """Its loss on the device, against ours in fp32 on the CPU, from the same weights and the same masks.
+
+    `method` and `batch` are on the CPU. Returns the relative error; raises WrongLoss beyond tolerance.
+    """
+    twin = copy.deepcopy(method)
+    use_any_attention(twin)
+    expected = twin(batch).loss.item()
+    on_cpu = copy.deepcopy(peer)(batch, noise_that_shows(method, batch)).item()
+    demand("loss of the peer in fp32", relative(on_cpu, expected), LOSS_TOLERANCE["fp32"])
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "bf16"):
+        noise = noise_that_shows(method, batch).to(DEVICE)
+        error = relative(peer.to(DEVICE)(first(batch, len(noise), DEVICE), noise).item(), expected)
+    demand("loss of the peer on the device", error, LOSS_TOLERANCE[precision])
+    return error
+
+
+def race(
+    engines: dict[str, Engine], batch: Batch, arguments: argparse.Namespace
+) -> dict[str, dict[str, Any]]:
+    """Figures of each, timed in rounds whose order is turned each time."""
+    for engine in engines.values():
+        time_steps(engine, repeated(batch), arguments.warmup)
+    times: dict[str, list[float]] = {name: [] for name in engines}
+    peaks = {}
+    count = max(2, arguments.steps // ROUNDS)
+    for turn in range(ROUNDS):
+        for name in list(engines)[:: 1 if turn % 2 == 0 else -1]:
+            if DEVICE == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            times[name] += time_steps(engines[name], repeated(batch), count)[0]
+            peaks[name] = peak_gib()
+    return {name: rates(taken, arguments.batch) | {"peak_gib": peaks[name]} for name, taken in times.items()}
+
+
+def main(
+    name: str, package: str, build: Callable[[MAE], nn.Module], command: Sequence[str] | None = None
+) -> int:
+    """Race `build(method)` of `package`. Exits with 3 where the package is absent."""
+    parser = argparse.ArgumentParser(description=f"MAE by {name} against ours")
+    add_work(parser)
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=True, help="compiled, too"
+    )
+    a = parser.parse_args(command)
+    if not module_exists(package):
+        print(f"skipped: {package} is not installed")
+        return 3
+    env = environment()
+    torch.manual_seed(0)
+    config, model = configured(a, "mae")
+    assert isinstance(config, MAEConfig)
+    method = config.build(model)
+    small = synthetic(method, model.channels, CHECK_IMAGES, "cpu")
+    errors = {f"{name} eager": check_peer(Peer(build(method), model), method, small, a.precision)}
+    contestants: dict[str, Engine] = {}
+    for mode in ("eager", "compiled") if a.compile else ("eager",):
+        peer = Peer(build(method), model)
+        if mode == "compiled":
+            peer.compile(dynamic=False)
+        contestants[f"{name} {mode}"] = AutocastEngine(peer, a.precision, OptimConfig())
+    own_error = check_method(method, small, a.precision)["loss_error"]
+    ours = make_engine(method, config, model, a)
+    contestants[ours.name] = ours
+    errors[ours.name] = own_error
+    batch = synthetic(method, model.channels, a.batch)
+    expected = check_step(ours, method, batch, a.precision)
+    for provider, engine in contestants.items():  # with its own masks now: another draw, hence the tolerance
+        error = relative(step(engine, batch).item(), expected)
+        demand(f"loss of {provider} on the whole batch", error, MASK_TOLERANCE)
+    head = describe(config, model, a) | {"batch": a.batch, "race": name}
+    for provider, figures in race(contestants, batch, a).items():
+        tflop_per_s = figures["images_per_s"] * step_flops(config, model) / 1e12
+        row = head | {"provider": provider, "loss_error": errors.get(provider)} | figures
+        row |= {"tflop_per_s": tflop_per_s} | fractions(tflop_per_s, a.precision)
+        if provider != ours.name:
+            row |= {"attention": "the peer's own", "kernels": "the peer's own"}
+        append(a.results / "peers.jsonl", row | env)
+        print(sentence(row), flush=True)
+    return 0

@@ -1,0 +1,317 @@
+"""Whole training steps: images per second, MFU, memory. Images are synthetic, uint8, in device memory.
+
+python benchmarks/throughput.py --method mae --model vit_base --batch 256 --precision bf16
+python benchmarks/throughput.py --method rmae --model vit_base --sweep batch
+deepspeed benchmarks/throughput.py --method mae --model vit_large --batch 256 --zero 2
+
+A step is forward, backward, the optimizer's update and the method's own `after_step`, through the engine of
+real training: `deepspeed`, or `plain` where it is not installed (bf16 weights, an fp32 master copy and its
+moments in torch's fused AdamW). Before a step is timed, the method's loss and gradients on the device are
+compared with those of the reference ops in fp32 on the CPU, and the loss of the step as it will be timed with
+that of the method run eagerly on the same batch.
+
+Rows go to benchmarks/results/throughput.jsonl.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+# Run as a script, this folder is sys.path[0], where a module of ours could hide another package.
+if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import resource
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from fastmim_kernels.attention import choose_attention
+
+from benchmarks.engines import (
+    CHECK_IMAGES,
+    DTYPES,
+    Engine,
+    check_method,
+    check_step,
+    make_engine,
+    repeated,
+    synthetic,
+    time_steps,
+)
+from benchmarks.flops import step_flops, work
+from benchmarks.harness import (
+    DEVICE,
+    RESULTS,
+    append,
+    environment,
+    matmul_tflop_per_s,
+    quantiles,
+    samples,
+)
+from fastmim.methods import METHODS
+from fastmim.methods.base import Method, MethodConfig
+from fastmim.models import VITS
+from fastmim.models.mae_decoder import DecoderConfig
+from fastmim.models.vit import ViTConfig
+from fastmim.views import Batch
+
+DATASHEET_TFLOP_PER_S = {"H100": 989.0, "H200": 989.0}  # dense bf16, SXM
+KNEE = 0.97  # the knee is the smallest batch that reaches this share of the best rate
+FLAT = 1.02  # a batch twice the size that gains less has gained nothing
+
+
+def from_folder(
+    folder: Path, method: Method, model: ViTConfig, arguments: argparse.Namespace, stack: ExitStack
+) -> Iterator[Batch]:
+    """Batches as real training gets them: read, decoded, cropped, on the device."""
+    from fastmim.data import DataConfig, Loader, SampleOrder, find_images
+
+    images = find_images(folder)
+    loader = Loader(
+        images,
+        method.views,
+        SampleOrder(len(images), arguments.batch),
+        config=DataConfig(path=folder, decoder=arguments.decoder),
+        channels=model.channels,
+        seed=0,
+        device=torch.device(DEVICE, torch.cuda.current_device()) if DEVICE == "cuda" else torch.device("cpu"),
+        bad_samples=Path(stack.enter_context(tempfile.TemporaryDirectory())) / "bad_samples.jsonl",
+    )
+    return iter(stack.enter_context(loader))
+
+
+def steps_within(engine: Engine, batches: Iterator[Batch], arguments: argparse.Namespace) -> int:
+    """Warm up; then how many steps to time: as many as asked for, but no more than fit in the time."""
+    warm = time_steps(engine, batches, arguments.warmup)[0]
+    return max(5, min(arguments.steps, int(arguments.seconds * 1e3 / min(warm))))
+
+
+def library_ms(config: MethodConfig, model: ViTConfig, batch: int, dtype: torch.dtype) -> float:
+    """Milliseconds of the reference's linear layers alone, each product timed by itself on random values.
+
+    The shape-aware ceiling without attention and without what is bound by bandwidth.
+    """
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+    total = 0.0
+    for linear in work(config, model).linears():
+        x = torch.randn(batch * linear.rows, linear.n_in, device=DEVICE, dtype=dtype)
+        w = torch.randn(linear.n_out, linear.n_in, device=DEVICE, dtype=dtype)
+        g = torch.randn(batch * linear.rows, linear.n_out, device=DEVICE, dtype=dtype)
+        products = [lambda x=x, w=w: x @ w.T, lambda x=x, g=g: g.T @ x]
+        products += [lambda g=g, w=w: g @ w] if linear.input_gradient else []
+        total += linear.count * sum(quantiles(samples(product, 8)[3:])[1] for product in products)
+    return total
+
+
+def peak_gib() -> float:
+    """The most memory held so far: PyTorch's on the GPU, the process's on a CPU."""
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+# --- rows -------------------------------------------------------------------------------------------
+
+
+def rates(times: Sequence[float], batch: int) -> dict[str, float]:
+    """Images per second of each step's time: median, and the slow and the fast end of the middle 60 %."""
+    fast, median, slow = quantiles(times)
+    return {
+        "ms": median,
+        "images_per_s": batch * 1e3 / median,
+        "images_per_s_p20": batch * 1e3 / slow,
+        "images_per_s_p80": batch * 1e3 / fast,
+        "images_per_s_mean": batch * 1e3 * len(times) / sum(times),
+        "steps": len(times),
+    }
+
+
+def fractions(tflop_per_s: float, precision: str) -> dict[str, float | None]:
+    """The measured ceiling of this run and the datasheet's, and the shares of them that were reached."""
+    ceiling = matmul_tflop_per_s(DTYPES[precision])
+    name = torch.cuda.get_device_name() if DEVICE == "cuda" else ""
+    sheet = next((value for chip, value in DATASHEET_TFLOP_PER_S.items() if chip in name), None)
+    return {
+        "matmul_tflop_per_s": ceiling,
+        "mfu_of_matmul": tflop_per_s / ceiling,
+        "mfu_of_datasheet": tflop_per_s / sheet if sheet and precision == "bf16" else None,
+    }
+
+
+def describe(config: MethodConfig, model: ViTConfig, arguments: argparse.Namespace) -> dict[str, Any]:
+    chosen, why = choose_attention(model.attention, DEVICE, DTYPES[arguments.precision])
+    return {
+        "method": config.name,
+        "model": arguments.model,
+        "image_size": model.size,
+        "patch": model.patch,
+        "precision": arguments.precision,
+        "attention": f"{chosen} ({why})",
+        "kernels": "triton" if DEVICE == "cuda" else "reference",
+        "gflop_per_image": step_flops(config, model) / 1e9,
+    }
+
+
+def sentence(row: dict[str, Any]) -> str:
+    name = f"{row['method']} {row['model']} {row['provider']} batch {row['batch']}"
+    if "failed" in row:
+        return f"{name}: {row['failed']}"
+    sheet, shapes = row["mfu_of_datasheet"], row.get("mfu_of_shapes")
+    return (
+        f"{name}: {row['images_per_s']:.1f} img/s ({row['images_per_s_p20']:.1f} to "
+        f"{row['images_per_s_p80']:.1f}), {100 * row['mfu_of_matmul']:.1f} % of the matmul ceiling "
+        f"{row['matmul_tflop_per_s']:.4g} TFLOP/s"
+        + (f", {100 * shapes:.1f} % of its own products" if shapes else "")
+        + (f", {100 * sheet:.1f} % of the datasheet" if sheet else "")
+        + f", {row['peak_gib']:.1f} GiB"
+    )
+
+
+# --- command ----------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_work(p)
+    p.add_argument("--method", choices=METHODS, default="mae")
+    p.add_argument(
+        "--sweep",
+        choices=["batch"],
+        help="double the batch from --batch on: knee, end of memory",
+    )
+    p.add_argument("--compile", action="store_true", help="the method under torch.compile")
+    p.add_argument("--data", type=Path, help="folder of images to read and decode, instead of synthetic ones")
+    p.add_argument("--decoder", choices=["dali", "pillow"], default="dali", help="with --data")
+    p.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    return p
+
+
+def add_work(p: argparse.ArgumentParser) -> None:
+    """The flags that peers share."""
+    p.add_argument("--model", choices=VITS, default="vit_base")
+    p.add_argument("--batch", type=int, default=256, help="images per GPU and step")
+    p.add_argument("--precision", choices=DTYPES, default="bf16" if DEVICE == "cuda" else "fp32")
+    p.add_argument("--attention", choices=["auto", "xformers", "sdpa"], default="auto")
+    p.add_argument("--engine", choices=["auto", "deepspeed", "plain"], default="auto")
+    p.add_argument("--zero", type=int, choices=range(4), default=1)
+    p.add_argument("--image-size", type=int)
+    p.add_argument("--patch", type=int)
+    p.add_argument("--decoder-size", type=int, nargs=3, metavar=("WIDTH", "DEPTH", "HEADS"))
+    p.add_argument("--warmup", type=int, default=5)
+    p.add_argument("--steps", type=int, default=40, help="timed steps, at most")
+    p.add_argument("--seconds", type=float, default=10.0, help="time for them; five are always timed")
+    p.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
+
+
+def configured(arguments: argparse.Namespace, method: str) -> tuple[MethodConfig, ViTConfig]:
+    a = arguments
+    changes = {"image_size": a.image_size, "patch": a.patch, "attention": a.attention}
+    model = replace(VITS[a.model], **{k: v for k, v in changes.items() if v is not None})
+    config = METHODS[method]()
+    if a.decoder_size:
+        width, depth, heads = a.decoder_size
+        config = replace(config, decoder=DecoderConfig(width=width, depth=depth, heads=heads))
+    return config, model
+
+
+def measure(
+    engine: Engine, method: Method, batches: Iterator[Batch], batch: int, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """One line of figures for batches of this size. Raises WrongLoss before anything is timed."""
+    config, model = configured(arguments, arguments.method)
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    figures: dict[str, Any] = {}
+    if arguments.zero < 3 or engine.name == "plain":  # of ZeRO 3 the eager method holds no weights
+        figures["loss"] = check_step(engine, method, next(batches), arguments.precision)
+    whole, *stages = time_steps(engine, batches, steps_within(engine, batches, arguments))
+    figures |= rates(whole, batch)
+    names = ("waiting", "forward", "backward", "update")
+    figures |= {f"ms_{name}": quantiles(times)[1] for name, times in zip(names, stages, strict=True)}
+    tflop_per_s = figures["images_per_s"] * step_flops(config, model) / 1e12
+    figures |= {"peak_gib": peak_gib(), "tflop_per_s": tflop_per_s}
+    figures |= fractions(tflop_per_s, arguments.precision)
+    products = library_ms(config, model, batch, DTYPES[arguments.precision])
+    return figures | {"library_products_ms": products, "mfu_of_shapes": products / figures["ms"]}
+
+
+def batch_sizes(arguments: argparse.Namespace, found: list[tuple[int, float]]) -> Iterator[int]:
+    """The batch asked for, or ever larger ones: until memory ends; on a CPU, until nothing is gained."""
+    batch = arguments.batch
+    yield batch
+    while arguments.sweep:
+        gains = [b[1] / a[1] for a, b in pairwise(found)]
+        if DEVICE == "cpu" and len(gains) >= 2 and max(gains[-2:]) < FLAT:
+            return
+        batch *= 2
+        yield batch
+
+
+def knee(found: Sequence[tuple[int, float]]) -> int:
+    """The smallest batch that reaches `KNEE` of the best rate."""
+    best = max(rate for _, rate in found)
+    return next(batch for batch, rate in sorted(found) if rate >= KNEE * best)
+
+
+def main(command: Sequence[str] | None = None) -> int:
+    p = parser()
+    a = p.parse_args(command)
+    if min(a.batch, a.warmup, a.steps) < 1:
+        p.error(f"want batch, warmup and steps of 1 or more, got {a.batch}, {a.warmup}, {a.steps}")
+    if a.data and a.sweep:
+        p.error("want --data or --sweep, got both")
+    env = environment()
+    torch.manual_seed(0)
+    config, model = configured(a, a.method)
+    method = config.build(model)
+    errors = check_method(method, synthetic(method, model.channels, CHECK_IMAGES, "cpu"), a.precision)
+    if a.compile:
+        method.compile(dynamic=False)
+    engine = make_engine(method, config, model, a)
+    head = {
+        "provider": engine.name + (" compiled" if a.compile else ""),
+        "world": int(os.environ.get("WORLD_SIZE", "1")),
+        **describe(config, model, a),
+        "zero": a.zero if engine.name == "deepspeed" else None,
+        "images": "synthetic" if a.data is None else f"{a.decoder} from a folder",
+        **errors,
+    }
+    found: list[tuple[int, float]] = []
+    for batch in batch_sizes(a, found):
+        row = head | one_batch(engine, method, batch, a)
+        if os.environ.get("RANK", "0") == "0":
+            append(a.results / "throughput.jsonl", row | env)
+            print(sentence(row), flush=True)
+        if "failed" in row:
+            break
+        found.append((batch, row["images_per_s"]))
+    if a.sweep and found:
+        print(f"knee at batch {knee(found)}; {row.get('failed', f'stopped at {batch}: nothing was gained')}")
+    return 0 if found else 1
+
+
+def one_batch(engine: Engine, method: Method, batch: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The figures of one batch size, or that it does not fit."""
+    model = configured(arguments, arguments.method)[1]
+    try:
+        with ExitStack() as stack:
+            batches = (
+                repeated(synthetic(method, model.channels, batch))
+                if arguments.data is None
+                else from_folder(arguments.data, method, model, arguments, stack)
+            )
+            return {"batch": batch} | measure(engine, method, batches, batch, arguments)
+    except torch.cuda.OutOfMemoryError:
+        total = torch.cuda.get_device_properties(0).total_memory / 2**30
+        return {"batch": batch, "failed": f"batch {batch} does not fit in {total:.0f} GiB"}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""The reference FLOPs: the published totals, and torch's counter on the methods as their papers have them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.flops import step_flops, work
+from fastmim.interop.mae import to_mae
+from fastmim.methods import MAEConfig, RMAEConfig
+from fastmim.methods.base import MethodConfig
+from fastmim.models import VITS
+from fastmim.models.vit import ViTConfig
+from tests.methods import plain
+from tests.methods.conftest import DECODER, MODEL, make_batch
+
+
+@pytest.mark.parametrize(
+    ("method", "size", "gflop"),
+    [
+        (MAEConfig(), "vit_base", 58.5),
+        (MAEConfig(), "vit_large", 124.2),
+        (RMAEConfig(), "vit_base", 168.8),
+        (RMAEConfig(), "vit_large", 431.4),
+    ],
+)
+def test_published_totals(method, size, gflop):
+    assert step_flops(method, VITS[size]) / 1e9 == pytest.approx(gflop, rel=1e-3)
+
+
+def test_published_parts():
+    encoder, decoder = work(MAEConfig(), VITS["vit_base"]).stacks
+    parts = [sum(x.flops for x in s.linears()) + s.attention_flops for s in (encoder, decoder)]
+    assert [part / 1e9 for part in parts] == pytest.approx([25.8, 31.7], rel=2e-3)
+
+
+@pytest.mark.parametrize("model", [MODEL, replace(MODEL, width=48, depth=3, patch=8)], ids=["small", "wide"])
+@pytest.mark.parametrize("ratio", [0.75, 0.5])
+def test_mae_against_torchs_counter(model, ratio):
+    """The plain form embeds every patch by a convolution and writes attention as products of matrices."""
+    config = MAEConfig(mask_ratio=ratio, decoder=DECODER)
+    assert counted(config, model) == step_flops(config, model)
+
+
+@pytest.mark.parametrize("t2", ["complement", "full", "independent"])
+def test_rmae_against_torchs_counter(t2):
+    config = RMAEConfig(t2=t2, decoder=DECODER)
+    patch_embedding = work(config, MODEL).others[0].flops  # the plain form embeds anew for each view
+    assert counted(config, MODEL) == step_flops(config, MODEL) + patch_embedding
+
+
+def test_a_method_without_a_formula_is_refused():
+    with pytest.raises(ValueError, match="mae or rmae, got unknown"):
+        step_flops(type("Unknown", (MethodConfig,), {"name": "unknown"})(), MODEL)
+
+
+def counted(config: MAEConfig, model: ViTConfig) -> int:
+    """FLOPs per image that torch counts in the method's plain form, forward and backward."""
+    batch = make_batch(3)
+    method = config.build(model)
+    weights = {name: tensor.requires_grad_() for name, tensor in to_mae(method.state_dict()).items()}
+    for name in ("pos_embed", "decoder_pos_embed"):
+        weights[name].requires_grad_(False)
+    views = method.transform(batch.keys_B)[:2] if isinstance(config, RMAEConfig) else None
+    if views is None:
+        views = (torch.arange(method.num_seen).expand(3, -1),)
+    loss = torch.zeros(())
+    with FlopCounterMode(display=False) as counter:
+        for seen in views:
+            visible = plain.visible_mask(seen, model.num_patches)
+            z = plain.encode(batch.views[0], visible, weights, model.patch, model.heads)
+            pred = plain.decode(z, visible, weights, DECODER.heads)
+            loss = loss + pred.square().mean()
+        loss.backward()
+    total = counter.get_total_flops()
+    assert total % 3 == 0
+    return total // 3

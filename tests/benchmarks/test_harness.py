@@ -1,0 +1,134 @@
+"""The harness: nothing wrong is timed, what cannot be had is named, rows say where they come from."""
+
+import json
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+import torch
+
+from benchmarks import harness, plot
+from benchmarks.harness import Case
+
+OPS = ("norm_pix_loss_image", "gather_patches", "restore_tokens", "attention")
+
+
+def case(provider: str, *outputs: torch.Tensor, absent: str | None = None) -> Case:
+    return Case(
+        op="twice", provider=provider, mode="forward", shape={"n": 4}, dtype="float32", bytes_moved=32,
+        run=lambda: outputs, absent=absent,
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(harness, "ROUND_MS", 0.1)
+    monkeypatch.setattr(harness, "copy_gb_per_s", lambda: 1.0)
+
+
+GOOD = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1e-8, 2e-8])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        (GOOD[0], GOOD[1] * 1.05),  # a small gradient: an absolute tolerance would let it pass
+        (GOOD[0], torch.zeros(2)),
+        (GOOD[0], torch.tensor([1e-8, float("nan")])),
+        (GOOD[0][:2], GOOD[1]),
+        (GOOD[0],),
+    ],
+    ids=["scale", "zero", "nan", "shape", "missing"],
+)
+def test_what_is_wrong_is_not_timed(wrong):
+    rows = list(harness.measure([case("eager", *GOOD), case("wrong", *wrong)], rounds=1))
+    assert {row["provider"]: "ms" in row for row in rows} == {"wrong": False, "eager": True}
+    assert "failed" in rows[0]
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_nothing_is_timed_against_a_baseline_that_shows_nothing(value):
+    rows = list(harness.measure([case(name, torch.full((3,), value)) for name in ("eager", "x")], rounds=1))
+    assert len(rows) == 2
+    assert all("want a baseline that is finite and not zero" in row["failed"] for row in rows)
+
+
+def test_rates_come_from_the_median():
+    (row,) = harness.measure([case("eager", *GOOD)], rounds=2)
+    assert row["ms_p20"] <= row["ms"] <= row["ms_p80"]
+    assert row["gb_per_s"] == pytest.approx(32 / row["ms"] / 1e6)
+    assert "run" not in row and row["error"] == 0
+
+
+def test_turns_alternate(monkeypatch):
+    said = []
+    runs = [lambda: said.append("a"), lambda: said.append("b")]
+    monkeypatch.setattr(harness, "samples", lambda run, count: [run() or 1.0])
+    harness.take_turns(runs, rounds=3)
+    assert "".join(said) == "ab" + "abbaab"
+
+
+def test_providers_are_chosen_and_the_absent_are_named(capsys):
+    group = [case("eager", *GOOD), case("x", *GOOD), case("y", absent="no y here"), case("z", *GOOD)]
+    rows = harness.measure_groups([group], ["y", "z"], rounds=1)
+    assert [row["provider"] for row in rows] == ["eager", "z"]
+    assert "y  absent: no y here" in capsys.readouterr().out
+
+
+def test_rows_say_where_they_come_from(monkeypatch):
+    argv = [str(harness.ROOT / "benchmarks" / "x.py"), "--data", "/elsewhere/photographs", "--batch", "8"]
+    monkeypatch.setattr(sys, "argv", argv)
+    env = harness.environment()
+    assert env["command"] == "python benchmarks/x.py --data photographs --batch 8"
+    assert len(env["sources"]) == 12 and torch.__version__ in env["versions"].values()
+    assert set(env) >= {"commit", "dirty", "sources", "device", "versions", "command", "time"}
+    assert str(harness.ROOT) not in json.dumps(env)
+
+
+def test_without_git_there_is_no_commit_but_the_digest_of_the_sources(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    env = harness.environment()
+    assert env["commit"] is None and env["dirty"] is None and len(env["sources"]) == 12
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_case_of_every_op_agrees_with_its_baseline(op):
+    """All providers but the compiled one, which takes a compiler and half a minute."""
+    for group in import_module(f"benchmarks.ops.{op}").cases():
+        expected = group[0].run()
+        assert len({c.bytes_moved for c in group}) == 1
+        for c in group[1:]:
+            if c.provider != "compile" and not c.absent:
+                assert harness.relative_error(c.run(), expected) <= 1e-4, c.provider
+
+
+def test_the_floor_of_the_pixel_loss_is_the_published_one(monkeypatch):
+    module = import_module("benchmarks.ops.norm_pix_loss_image")
+    monkeypatch.setattr(module, "DTYPES", [torch.bfloat16])
+    forward, both = (group[0] for group in module.cases())
+    scale = 1024 / forward.shape["B"]
+    assert both.bytes_moved * scale / 1e9 == pytest.approx(0.58, abs=0.005)
+
+
+def test_the_command_appends_rows_and_plot_draws_them(tmp_path):
+    assert harness.main(["attention", "--quick", "--providers", "fastmim", "--results", str(tmp_path)]) == 0
+    path = tmp_path / "attention.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["provider"] for row in rows] == ["eager", "fastmim"]
+    assert plot.main(["attention", "--results", str(tmp_path)]) == 0
+    assert (tmp_path / "attention.png").stat().st_size > 5000
+
+
+def test_an_unknown_op_is_named(capsys):
+    with pytest.raises(SystemExit):
+        harness.main(["atention"])
+    assert "want one of attention, gather_patches" in capsys.readouterr().err
+
+
+def test_importing_the_harness_needs_no_engine():
+    code = "import sys, benchmarks.harness; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=harness.ROOT, capture_output=True, text=True, check=True
+    )
+    assert set(run.stdout.split()) & {"deepspeed", "tyro", "nvidia", "PIL", "matplotlib"} == set()

@@ -1,0 +1,135 @@
+"""Peers do the same work: from the same weights and masks the same loss and gradients."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.engines import AutocastEngine, WrongLoss
+from benchmarks.peers import race, timm_mae, transformers_vitmae
+from benchmarks.peers.race import Peer, check_peer, noise_that_shows
+from fastmim.methods import MAEConfig
+from fastmim.models.vit import Block
+from fastmim.optim import OptimConfig
+from tests.methods.conftest import DECODER, MODEL, make_batch
+
+
+def our_block(width: int, heads: int) -> nn.Module:
+    """In timm's place: a block of the same weights."""
+    return Block(width, heads, "sdpa")
+
+
+def method(norm_pix: bool = True):
+    torch.manual_seed(0)
+    return MAEConfig(decoder=DECODER, norm_pix=norm_pix).build(MODEL)
+
+
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_the_mae_of_timms_blocks_is_ours(norm_pix):
+    ours, batch = method(norm_pix), make_batch()
+    peer = Peer(timm_mae.build(ours, our_block), MODEL)
+    expected = ours(batch).loss
+    actual = peer(batch, noise_that_shows(ours, batch))
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-5)
+    expected.backward()
+    actual.backward()
+    grads = {name.partition(".")[2]: p.grad for name, p in ours.named_parameters() if p.grad is not None}
+    found = {name.partition(".")[2]: p.grad for name, p in peer.named_parameters() if p.grad is not None}
+    assert grads.keys() == found.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("name", ["decoder_pred.bias", "pos_embed", "blocks.1.mlp.fc2.weight", "mask_token"])
+def test_a_peer_of_other_weights_is_not_timed(name):
+    ours, batch = method(), make_batch()
+    peer = timm_mae.build(ours, our_block)
+    with torch.no_grad():
+        values = peer.get_parameter(name)
+        values.add_(torch.randn(values.shape, generator=torch.Generator().manual_seed(1)))
+    with pytest.raises(WrongLoss, match="loss of the peer in fp32: want a relative error"):
+        check_peer(Peer(peer, MODEL), ours, batch, "fp32")
+
+
+def test_a_peer_that_hides_less_is_not_timed():
+    ours, batch = method(), make_batch()
+    peer = timm_mae.build(ours, our_block)
+    peer.num_seen += 6
+    with pytest.raises(WrongLoss):
+        check_peer(Peer(peer, MODEL), ours, batch, "fp32")
+
+
+def test_a_race_times_all_and_writes_a_row_for_each(tmp_path, monkeypatch, capsys):
+    arguments = "--model vit_tiny --image-size 32 --patch 8 --decoder-size 32 1 2 --batch 16 --warmup 1"
+    arguments += f" --steps 8 --engine plain --precision fp32 --no-compile --results {tmp_path}"
+    assert race.main("timm", "torch", lambda m: timm_mae.build(m, our_block), arguments.split()) == 0
+    rows = [json.loads(line) for line in (tmp_path / "peers.jsonl").read_text().splitlines()]
+    assert [row["provider"] for row in rows] == ["timm eager", "plain"]
+    assert all(row["steps"] == 8 and row["images_per_s"] > 0 and row["race"] == "timm" for row in rows)
+    assert all(row["loss_error"] <= 1e-4 for row in rows)
+
+
+def test_an_absent_peer_is_skipped_by_name(capsys):
+    assert race.main("x", "no_such_package", lambda m: m, []) == 3
+    assert "skipped: no_such_package is not installed" in capsys.readouterr().out
+
+
+def test_every_weight_has_its_own_name_in_transformers():
+    """Against the names of its 4.x releases, written out; the package itself may be absent."""
+    state = method().state_dict()
+    pairs = [pair for name, tensor in state.items() for pair in transformers_vitmae.renamed(name, tensor)]
+    names = [name for name, _ in pairs]
+    block = [
+        f"{part}.{kind}"
+        for part in (
+            "attention.attention.query", "attention.attention.key", "attention.attention.value",
+            "attention.output.dense", "intermediate.dense", "output.dense", "layernorm_before",
+            "layernorm_after",
+        )
+        for kind in ("weight", "bias")
+    ]  # fmt: skip
+    layers = [f"vit.encoder.layer.{i}" for i in range(2)] + [f"decoder.decoder_layers.{i}" for i in range(2)]
+    wanted = {f"{layer}.{part}" for layer in layers for part in block}
+    wanted |= {f"vit.embeddings.{n}" for n in ("cls_token", "position_embeddings")}
+    wanted |= {f"decoder.{n}" for n in ("mask_token", "decoder_pos_embed")}
+    for n in (
+        "vit.embeddings.patch_embeddings.projection", "vit.layernorm", "decoder.decoder_embed",
+        "decoder.decoder_norm", "decoder.decoder_pred",
+    ):  # fmt: skip
+        wanted |= {f"{n}.weight", f"{n}.bias"}
+    assert len(names) == len(set(names)) and set(names) == wanted
+    attention, values = "vit.encoder.layer.1.attention.attention", dict(pairs)
+    qkv = [values[f"{attention}.{name}.weight"] for name in ("query", "key", "value")]
+    assert torch.equal(torch.cat(qkv), state["encoder.blocks.1.attn.qkv.weight"])
+    assert sum(tensor.numel() for _, tensor in pairs) == sum(tensor.numel() for tensor in state.values())
+
+
+def test_an_autocast_engine_learns():
+    ours, batch = method(), make_batch()
+    engine = AutocastEngine(Peer(timm_mae.build(ours, our_block), MODEL), "fp32", OptimConfig())
+    losses = []
+    for _ in range(5):
+        torch.manual_seed(0)  # the same masks
+        loss = engine.forward(batch)
+        engine.backward(loss)
+        engine.update()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
+
+
+def test_transformers_where_it_is_installed():
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    ours = MAEConfig(decoder=DECODER).build(replace(MODEL, image_size=16))
+    image = torch.randint(0, 256, (3, 16, 16, 3), dtype=torch.uint8)
+    batch = make_batch(3)
+    batch = replace(batch, views=(image,))
+    check_peer(Peer(transformers_vitmae.build(ours), ours.model), ours, batch, "fp32")
+
+
+def test_timm_where_it_is_installed():
+    pytest.importorskip("timm")
+    ours = method()
+    check_peer(Peer(timm_mae.build(ours), MODEL), ours, make_batch(), "fp32")
