@@ -3,8 +3,13 @@
 A function hides the module of the same name: `from fastmim_kernels.norm_pix_loss import ...` reaches inside.
 """
 
+from fastmim_kernels.add_layer_norm import add_layer_norm
 from fastmim_kernels.attention import attention
+from fastmim_kernels.bias_gelu import bias_gelu
+from fastmim_kernels.ema_update import ema_update
 from fastmim_kernels.gather_patches import gather_patches
+from fastmim_kernels.gather_tokens import gather_tokens
+from fastmim_kernels.info_nce import info_nce
 from fastmim_kernels.norm_pix_loss import norm_pix_loss
 from fastmim_kernels.norm_pix_loss_image import norm_pix_loss_image
 from fastmim_kernels.philox import draw_uint32, draw_uniform, sample_keys
@@ -12,10 +17,15 @@ from fastmim_kernels.restore_tokens import restore_tokens
 from fastmim_kernels.split_patches import num_seen, split_patches
 
 __all__ = [
+    "add_layer_norm",
     "attention",
+    "bias_gelu",
     "draw_uint32",
     "draw_uniform",
+    "ema_update",
     "gather_patches",
+    "gather_tokens",
+    "info_nce",
     "norm_pix_loss",
     "norm_pix_loss_image",
     "num_seen",

@@ -35,6 +35,21 @@ MODELS = {
     "H/14": (224, 14, 512, (BF16,)),
     "Ti/4": (32, 4, 192, (BF16, FP32)),
 }
+# width and tokens: a tiny encoder, the decoder, ViT-B and H; the widest that add_layer_norm takes
+WIDTHS = {
+    "width 192": (192, 17, (BF16, FP32)),
+    "width 512": (512, 197, (BF16,)),
+    "width 768": (768, 50, (BF16, FP16, FP32)),
+    "width 1280": (1280, 50, (BF16,)),
+    "width 8192": (8192, 50, (BF16, FP32)),
+}
+# widths of info_nce: a tiny encoder, the heads of CMAE and of C-MAE, the most
+FEATURES = {192: (BF16,), 256: (BF16, FP16, FP32), 768: (BF16, FP16, FP32), 1024: (BF16, FP32)}
+# all of these are minutes of compilation: `make compile-ahead`; each run of the tests takes what ViT-B takes
+ALL = os.environ.get("FASTMIM_COMPILE_ALL") == "1"
+BLOCKS = WIDTHS if ALL else {"width 768": (768, 50, (BF16,))}
+CONTRAST = FEATURES if ALL else {256: (BF16,)}
+SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}  # bytes that one program may hold
 IMAGES = 64
 
 
@@ -60,6 +75,7 @@ def test_every_kernel_compiles_for_every_architecture_and_spills_nothing(tmp_pat
     assert {row["kernel"] for row in rows} == kernels_of_the_package()
     assert {row["sm"] for row in rows} == set(ARCHITECTURES)
     assert [row for row in rows if row["STACK"] or row["LOCAL"]] == []
+    assert [row for row in rows if row["shared"] > SHARED_MEMORY[row["sm"]] or row["tensor"] > 512] == []
     # a line of an uint8 patch of 16 pixels is read 16 bytes at a time
     dense = [row for row in rows if row["case"] == "B/16 bfloat16 gather bytes"]
     assert dense and all(row["vector"] == 4 for row in dense)
@@ -116,6 +132,66 @@ def cases() -> Iterator[tuple]:
             dout = new(IMAGES, N + 1, width, dtype=dtype)
             for needs in ((True, True, False), (True, True, True), (False, True, False)):
                 yield f"{name} restore back", restore.launch_backward, dout, source, len(tokens), needs
+    yield from block_cases()
+    yield from contrast_cases()
+
+
+def block_cases() -> Iterator[tuple]:
+    """Launches of the ops of a transformer block, at the widths of MODELS' encoders and decoders."""
+    add_norm, gelu, ema, gather = (
+        import_module(f"fastmim_kernels.{name}")
+        for name in ("add_layer_norm", "bias_gelu", "ema_update", "gather_tokens")
+    )
+    new = torch.empty
+    tensors = {dtype: new(768, 3072, dtype=dtype) for dtype in (FP32, BF16, FP16)}
+    for teacher, student in ((FP32, FP32), (FP32, BF16), (BF16, BF16), (FP16, FP16)):
+        pair = [tensors[teacher]], [tensors[student]], 0.996
+        yield f"ema {teacher} of {student}", ema.launch, *pair
+    every = [(t, s) for t in tensors.values() for s in tensors.values()]
+    yield "ema of every dtype", ema.launch, *([pair[i] for pair in every] for i in range(2)), 0.996
+    odd = [tensors[FP32].view(-1)[1:]], [tensors[BF16].view(-1)[1:]]
+    yield "ema at odd addresses", ema.launch, *odd, 0.996
+    for name, (width, tokens, dtypes) in BLOCKS.items():
+        for dtype in dtypes:
+            case = f"{name} {str(dtype).removeprefix('torch.')}"
+            rows = new(IMAGES, tokens, width, dtype=dtype)
+            hidden, bias = new(IMAGES * tokens, 4 * width, dtype=dtype), new(4 * width)
+            yield f"{case} gelu", gelu.launch_forward, hidden, bias
+            for needs in ((True, True), (True, False)):
+                yield f"{case} gelu back", gelu.launch_backward, hidden, hidden, bias, needs
+            vector, keep, statistic = new(width), new(IMAGES), new(IMAGES * tokens)
+            index = new(IMAGES, tokens // 4, dtype=torch.int64)
+            seen = new(IMAGES, tokens // 4 + 1, width, dtype=dtype)
+            yield f"{case} gather", gather.launch_forward, rows, index, new(tokens, width), vector
+            yield f"{case} gather plain", gather.launch_forward, rows, index, None, None
+            for needs in ((True, False, False), (True, True, True), (False, True, False)):
+                yield f"{case} gather back", gather.launch_backward, seen, index, tokens, True, needs
+            forward = add_norm.launch_forward, rows, rows, vector, vector
+            back = add_norm.launch_backward, rows, rows, rows, statistic, statistic, vector
+            yield f"{case} add norm", *forward, None, None, 1e-6
+            yield f"{case} add norm scaled", *forward, vector, keep, 1e-6
+            some, all_ = (False, True, True, True, False), (True,) * 5
+            yield f"{case} add norm back", *back, None, None, None, dtype, some
+            yield f"{case} add norm scaled back", *back, rows, vector, keep, dtype, all_
+
+
+def contrast_cases() -> Iterator[tuple]:
+    """Launches of info_nce: queries of one GPU, keys of four; then every token of some images."""
+    nce = import_module("fastmim_kernels.info_nce_triton")
+    new = torch.empty
+    for width, dtypes in CONTRAST.items():
+        for dtype in dtypes:
+            case = f"width {width} {str(dtype).removeprefix('torch.')}"
+            for name, B, G, N in (("per position", 256, 1024, 196), ("all tokens", 12544, 12544, 1)):
+                q, k = new(B, N, width, dtype=dtype), new(G, N, width, dtype=dtype)
+                settings = 0.2, G - B, True
+                yield f"{case} {name}", nce.launch_forward, q, k, *settings, True
+                if name == "per position":
+                    yield f"{case} {name} loss only", nce.launch_forward, q, k, *settings, False
+                    yield f"{case} {name} plain", nce.launch_forward, q, k, 0.2, 0, False, True
+                rows = new(B, N)
+                saved = q, k, rows, rows, new(G, N)
+                yield f"{case} {name} keys back", nce.launch_backward_keys, rows, *saved, *settings
 
 
 class NoGPU:
@@ -173,6 +249,7 @@ def main(half: int) -> None:
             for name, kernel in found:
                 widths = re.findall(r"ld\.global\S*\.v(\d)\.", kernel.asm["ptx"])
                 row = {"case": case, "kernel": name, "sm": sm, **resources(kernel)}
+                row |= {"shared": kernel.metadata.shared, "tensor": getattr(kernel.metadata, "tmem_size", 0)}
                 print(json.dumps({**row, "vector": max(map(int, widths), default=1)}), flush=True)
 
 
