@@ -45,7 +45,7 @@ def test_twenty_kills_during_saves(images, tmp_path):
             time.sleep(0.002)
         while not any((killed / "checkpoints").glob(".tmp-*")) and time.monotonic() < deadline:
             time.sleep(0.0005)  # the next save has begun
-        time.sleep(moments.uniform(0, 0.02))  # one save takes about so long
+        time.sleep(moments.uniform(0, 0.004))  # and is not yet done, most times
         child.kill()
         child.join()
         reached = newest(killed)
@@ -55,7 +55,7 @@ def test_twenty_kills_during_saves(images, tmp_path):
         assert found.step in (reached - 1, reached)  # the pointer follows the rename
     assert newest(killed) < STEPS, "the run ended before the kills did"
     print(f"{during_save} of {KILLS} kills left a half-written save")
-    assert during_save >= 3  # the moments chosen do fall into saves
+    assert during_save >= KILLS // 4  # the moments chosen do fall into saves
 
     run_it(images, killed, 1)
     run_it(images, tmp_path / "whole", STEPS)
