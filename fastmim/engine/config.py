@@ -84,10 +84,6 @@ class Plan:
     attention: str
     notes: tuple[str, ...]  # what was settled otherwise than asked, for a person
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
-
 
 def make_plan(run: Run, images: Images, *, world: int, device: Literal["cuda", "cpu"]) -> Plan:
     """Derive the plan; ValueError where the run cannot be done on these ranks with these images."""
