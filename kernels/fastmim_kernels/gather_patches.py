@@ -12,7 +12,7 @@ Dtypes  image uint8, or bf16, fp16, fp32; index int64; arithmetic fp32; rows fp3
 Bytes   B * K * P * (s_image + s_row): each chosen pixel read once, each row written once. Memory bound.
 Limits  any strides; mean and std are compiled in (C unrolled): meant for a few channels, few values.
         The index is checked on the CPU only. The image gets a gradient when it is floating; patches that
-        share pixels are summed by fp32 atomics. CUDA runs Triton, CPU runs the reference.
+        share pixels are summed by fp32 atomics. CUDA runs Triton, CPU runs csrc/ or the reference.
 """
 
 from collections.abc import Sequence
@@ -21,6 +21,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fastmim_kernels import native
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 TILE = 4096  # values per program: 8 kB of bf16 rows
@@ -190,6 +192,9 @@ def _op(
 @_op.register_kernel("cpu")
 def _(image, index, patch, mean, std, dtype):
     check_index(index, image, patch)
+    if native.ready():
+        per_channel = affine(image.dtype, mean, std).values()
+        return torch.ops.fastmim.native_gather_patches(image, index, patch, *per_channel, dtype)
     return gather_patches_reference(image, index, patch, mean, std, dtype).contiguous()
 
 
@@ -207,6 +212,9 @@ def _op_backward(
 
 @_op_backward.register_kernel("cpu")
 def _(dout, index, shape, dtype, patch, std):
+    if native.ready():
+        scale = [1.0 / s for s in std]
+        return torch.ops.fastmim.native_gather_patches_backward(dout, index, shape, dtype, patch, scale)
     B, H, W, C = shape
     drows_BKqC = dout.float().unflatten(2, (-1, C)) / torch.tensor(std)
     dcells = torch.zeros(B, (H // patch) * (W // patch), patch * patch * C)

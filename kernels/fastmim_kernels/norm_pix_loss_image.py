@@ -7,7 +7,7 @@ Shapes  B = images, L = scored patches per image, P = patch * patch * C values p
 Dtypes  pred bf16, fp16 or fp32; image uint8 (divided by 255) or floating; arithmetic and loss fp32.
 Bytes   B * L * P * (s_pred + s_image) + 4 * B * L forward; backward adds B * L * P * s_pred. Memory bound.
 Limits  last dim of pred contiguous, image of any strides, 2 <= P <= 8192. Differentiable in pred only. The
-        index is checked on the CPU only. CUDA runs Triton, CPU runs the reference.
+        index is checked on the CPU only. CUDA runs Triton, CPU runs csrc/ or the reference.
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastmim_kernels import native
 from fastmim_kernels.gather_patches import (
     affine,
     check_image,
@@ -26,12 +27,18 @@ from fastmim_kernels.gather_patches import (
     load_patches,
 )
 from fastmim_kernels.norm_pix_loss import (
+    DISTANCES,
     FLOATS,
     MAX_D,
+    Distance,
+    distance_number,
+    far,
     norm_pix_loss_reference,
     residual,
     residual_reference,
     row_tile,
+    slope,
+    slope_reference,
 )
 
 # --- reference: the definition, and the oracle of the tests -------------------------------------
@@ -46,10 +53,12 @@ def norm_pix_loss_image_reference(
     std: Sequence[float],
     normalize: bool = True,
     eps: float = 1e-6,
+    distance: Distance = "l2",
+    beta: float = 1.0,
 ) -> Tensor:
     """The two ops in plain PyTorch, in the dtype of pred. `[B, L, P] -> [B, L]`."""
     target_BLP = gather_patches_reference(image_BHWC, index_BL, patch, mean, std, pred_BLP.dtype)
-    return norm_pix_loss_reference(pred_BLP, target_BLP, normalize, eps)
+    return norm_pix_loss_reference(pred_BLP, target_BLP, normalize, eps, distance, beta)
 
 
 # --- Triton: a few patches per program -------------------------------------------------------------
@@ -76,9 +85,9 @@ def _row_residual(
 @triton.jit
 def _forward_kernel(
     pred_ptr, image_ptr, index_ptr, loss_ptr, num_rows, L, pred_stride_b, pred_stride_l,
-    grid_w, stride_b, stride_h, stride_w, stride_c, eps,
+    grid_w, stride_b, stride_h, stride_w, stride_c, eps, beta,
     C: tl.constexpr, PATCH: tl.constexpr, DENSE: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
-    NORMALIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    NORMALIZE: tl.constexpr, DISTANCE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK_D)
@@ -86,15 +95,16 @@ def _forward_kernel(
         pred_ptr, image_ptr, index_ptr, rows, cols, num_rows, L, pred_stride_b, pred_stride_l,
         grid_w, stride_b, stride_h, stride_w, stride_c, eps, C, PATCH, DENSE, SCALE, SHIFT, NORMALIZE,
     )  # fmt: skip
-    tl.store(loss_ptr + rows, tl.sum(r * r, axis=1) / (PATCH * PATCH * C), mask=rows < num_rows)
+    loss = tl.sum(far(r, beta, DISTANCE), axis=1) / (PATCH * PATCH * C)
+    tl.store(loss_ptr + rows, loss, mask=rows < num_rows)
 
 
 @triton.jit
 def _backward_kernel(
     dloss_ptr, pred_ptr, image_ptr, index_ptr, dpred_ptr, num_rows, L, pred_stride_b, pred_stride_l,
-    grid_w, stride_b, stride_h, stride_w, stride_c, eps,
+    grid_w, stride_b, stride_h, stride_w, stride_c, eps, beta,
     C: tl.constexpr, PATCH: tl.constexpr, DENSE: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
-    NORMALIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    NORMALIZE: tl.constexpr, DISTANCE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     P: tl.constexpr = PATCH * PATCH * C
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -103,18 +113,29 @@ def _backward_kernel(
         pred_ptr, image_ptr, index_ptr, rows, cols, num_rows, L, pred_stride_b, pred_stride_l,
         grid_w, stride_b, stride_h, stride_w, stride_c, eps, C, PATCH, DENSE, SCALE, SHIFT, NORMALIZE,
     )  # fmt: skip
-    dp = r * (tl.load(dloss_ptr + rows, mask=rows < num_rows, other=0.0) * 2.0 / P)[:, None]
+    dloss = tl.load(dloss_ptr + rows, mask=rows < num_rows, other=0.0)
+    dp = slope(r, beta, DISTANCE) * (dloss / P)[:, None]
     out = dpred_ptr + rows.to(tl.int64)[:, None] * P + cols[None, :]
     exist = (rows < num_rows)[:, None] & (cols < P)[None, :]
     tl.store(out, dp.to(dpred_ptr.dtype.element_ty), mask=exist)
 
 
-def _arguments(pred: Tensor, image: Tensor, patch: int, mean, std, normalize: bool, eps: float) -> dict:
+def _arguments(
+    pred: Tensor,
+    image: Tensor,
+    patch: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    normalize: bool,
+    eps: float,
+    distance: int,
+    beta: float,
+) -> dict:
     """What both kernels take beside their pointers."""
     B, L, P = pred.shape
     rows = {"num_rows": B * L, "L": L, "pred_stride_b": pred.stride(0), "pred_stride_l": pred.stride(1)}
-    constants = {**affine(image.dtype, mean, std), "NORMALIZE": normalize, "eps": eps}
-    return rows | image_layout(image, patch) | constants | row_tile(P)
+    form = {"NORMALIZE": normalize, "eps": eps, "DISTANCE": distance, "beta": beta}
+    return rows | image_layout(image, patch) | affine(image.dtype, mean, std) | form | row_tile(P)
 
 
 def launch_forward(
@@ -126,9 +147,11 @@ def launch_forward(
     std: Sequence[float],
     normalize: bool,
     eps: float,
+    distance: int = 0,
+    beta: float = 1.0,
 ) -> Tensor:
     loss = torch.empty(pred.shape[:2], dtype=torch.float32, device=pred.device)
-    arguments = _arguments(pred, image, patch, mean, std, normalize, eps)
+    arguments = _arguments(pred, image, patch, mean, std, normalize, eps, distance, beta)
     grid = (triton.cdiv(loss.numel(), arguments["ROWS"]),)
     _forward_kernel[grid](pred, image, index.contiguous(), loss, **arguments)
     return loss
@@ -144,9 +167,11 @@ def launch_backward(
     std: Sequence[float],
     normalize: bool,
     eps: float,
+    distance: int = 0,
+    beta: float = 1.0,
 ) -> Tensor:
     dpred = torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
-    arguments = _arguments(pred, image, patch, mean, std, normalize, eps)
+    arguments = _arguments(pred, image, patch, mean, std, normalize, eps, distance, beta)
     grid = (triton.cdiv(dloss.numel(), arguments["ROWS"]),)
     _backward_kernel[grid](dloss.contiguous(), pred, image, index.contiguous(), dpred, **arguments)
     return dpred
@@ -165,18 +190,27 @@ def _op(
     std: Sequence[float],
     normalize: bool,
     eps: float,
+    distance: int = 0,
+    beta: float = 1.0,
 ) -> Tensor:
-    return launch_forward(pred, image, index, patch, mean, std, normalize, eps)
+    return launch_forward(pred, image, index, patch, mean, std, normalize, eps, distance, beta)
 
 
 @_op.register_kernel("cpu")
-def _(pred, image, index, patch, mean, std, normalize, eps):
+def _(pred, image, index, patch, mean, std, normalize, eps, distance=0, beta=1.0):
     check_index(index, image, patch)
-    return norm_pix_loss_image_reference(pred.float(), image, index, patch, mean, std, normalize, eps)
+    if native.ready():
+        per_channel = affine(image.dtype, mean, std).values()
+        return torch.ops.fastmim.native_norm_pix_loss_image(
+            pred, image, index, patch, *per_channel, normalize, eps, distance, beta
+        )
+    return norm_pix_loss_image_reference(
+        pred.float(), image, index, patch, mean, std, normalize, eps, DISTANCES[distance], beta
+    )
 
 
 @_op.register_fake
-def _(pred, image, index, patch, mean, std, normalize, eps):
+def _(pred, image, index, patch, mean, std, normalize, eps, distance=0, beta=1.0):
     return pred.new_empty(pred.shape[:2], dtype=torch.float32)
 
 
@@ -191,19 +225,26 @@ def _op_backward(
     std: Sequence[float],
     normalize: bool,
     eps: float,
+    distance: int = 0,
+    beta: float = 1.0,
 ) -> Tensor:
-    return launch_backward(dloss, pred, image, index, patch, mean, std, normalize, eps)
+    return launch_backward(dloss, pred, image, index, patch, mean, std, normalize, eps, distance, beta)
 
 
 @_op_backward.register_kernel("cpu")
-def _(dloss, pred, image, index, patch, mean, std, normalize, eps):
+def _(dloss, pred, image, index, patch, mean, std, normalize, eps, distance=0, beta=1.0):
+    if native.ready():
+        per_channel = affine(image.dtype, mean, std).values()
+        return torch.ops.fastmim.native_norm_pix_loss_image_backward(
+            dloss, pred, image, index, patch, *per_channel, normalize, eps, distance, beta
+        )
     target = gather_patches_reference(image, index, patch, mean, std)
     r = residual_reference(pred.float(), target, normalize, eps)
-    return (r * (dloss[..., None] * (2.0 / pred.shape[2]))).to(pred.dtype)
+    return (slope_reference(r, distance, beta) * (dloss[..., None] / pred.shape[2])).to(pred.dtype)
 
 
 @_op_backward.register_fake
-def _(dloss, pred, image, index, patch, mean, std, normalize, eps):
+def _(dloss, pred, image, index, patch, mean, std, normalize, eps, distance=0, beta=1.0):
     return pred.new_empty(pred.shape)
 
 
@@ -213,7 +254,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dloss: Tensor):
-    return _op_backward(dloss, *ctx.saved_tensors, *ctx.options), *[None] * 7
+    return _op_backward(dloss, *ctx.saved_tensors, *ctx.options), *[None] * 9
 
 
 _op.register_autograd(_backward, setup_context=_save)
@@ -232,12 +273,16 @@ def norm_pix_loss_image(
     *,
     normalize: bool = True,
     eps: float = 1e-6,
+    distance: Distance = "l2",
+    beta: float = 1.0,
 ) -> Tensor:
     """Per-patch loss against patches of the image. `[B, L, P], [B, H, W, C], [B, L] -> [B, L]` fp32.
 
-    Differentiable in `pred_BLP` only; ValueError when the image requires a gradient, or when sizes, dtypes
-    or statistics do not fit. Average it over B and L for the training loss.
+    `distance` is "l2", "l1" or "smooth_l1", quadratic within `beta`. Differentiable in `pred_BLP` only;
+    ValueError when the image requires a gradient, or when sizes, dtypes or statistics do not fit. Average it
+    over B and L for the training loss.
     """
+    number = distance_number(distance, beta)
     check_image(image_BHWC, index_BL, patch, mean, std)
     P = patch * patch * image_BHWC.shape[3]
     if pred_BLP.shape != (*index_BL.shape, P):
@@ -252,4 +297,4 @@ def norm_pix_loss_image(
         raise ValueError("the last dim must be contiguous")
     if image_BHWC.requires_grad and torch.is_grad_enabled():
         raise ValueError("the image gets no gradient: detach it, or use gather_patches and norm_pix_loss")
-    return _op(pred_BLP, image_BHWC, index_BL, patch, mean, std, normalize, eps)
+    return _op(pred_BLP, image_BHWC, index_BL, patch, mean, std, normalize, eps, number, beta)

@@ -12,13 +12,15 @@ Dtypes  tokens, mask_token and pos bf16, fp16 or fp32; source int64, -1 for the 
 Bytes   B * N * (s * D + 8) + s * D * (tokens asked for) forward; the same and partial sums backward:
         pos is read once per tile of samples. Memory bound.
 Limits  last dim contiguous. Each row of tokens is asked for at most once: the backward writes, it does not
-        add. Range and uniqueness are checked on the CPU only. CUDA runs Triton, CPU runs the reference.
+        add. Range and uniqueness are checked on the CPU only. CUDA runs Triton, CPU csrc/ or the reference.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fastmim_kernels import native
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SPLIT = 64  # samples summed by one program of the backward, at most; their order depends on B alone
@@ -135,6 +137,8 @@ def _op(tokens: Tensor, source: Tensor, mask_token: Tensor, pos: Tensor) -> Tens
 @_op.register_kernel("cpu")
 def _(tokens, source, mask_token, pos):
     _check_source(source, tokens.shape[0])
+    if native.ready():
+        return torch.ops.fastmim.native_restore_tokens(tokens, source, mask_token.float(), pos.float())
     out = restore_tokens_reference(tokens.float(), source, mask_token.float(), pos.float())
     return out.to(tokens.dtype)
 
@@ -153,6 +157,9 @@ def _op_backward(
 
 @_op_backward.register_kernel("cpu")
 def _(dout, source, num_tokens, need_tokens, need_mask, need_pos):
+    if native.ready():
+        needs = need_tokens, need_mask, need_pos
+        return torch.ops.fastmim.native_restore_tokens_backward(dout, source, num_tokens, *needs)
     N, D = dout.shape[1:]
     hidden = source < 0
     dtokens = dout.new_zeros(num_tokens if need_tokens else 0, D)

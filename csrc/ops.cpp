@@ -1,0 +1,25 @@
+// Table of contents: every C++ op, all for the CPU, none with a body here. The Python module of the same
+// name holds the op's definition, checks its input and calls these; shapes and formulas are explained there.
+#include <torch/library.h>
+
+TORCH_LIBRARY_FRAGMENT(fastmim, m) {
+  // gather_patches.cpp: scale and shift per channel make (v / 255 - mean) / std of a value
+  m.def("native_gather_patches(Tensor image, Tensor index, int patch, float[] scale, float[] shift, ScalarType dtype) -> Tensor");
+  m.def("native_gather_patches_backward(Tensor dout, Tensor index, int[] shape, ScalarType dtype, int patch, float[] scale) -> Tensor");
+
+  // norm_pix_loss.cpp: distance 0 is the square, 1 the absolute value, 2 smooth L1 of width beta
+  m.def("native_norm_pix_loss(Tensor pred, Tensor target, bool normalize, float eps, int distance, float beta) -> Tensor");
+  m.def("native_norm_pix_loss_backward(Tensor dloss, Tensor pred, Tensor target, bool normalize, float eps, int distance, float beta, bool need_pred, bool need_target) -> (Tensor, Tensor)");
+
+  // norm_pix_loss_image.cpp
+  m.def("native_norm_pix_loss_image(Tensor pred, Tensor image, Tensor index, int patch, float[] scale, float[] shift, bool normalize, float eps, int distance, float beta) -> Tensor");
+  m.def("native_norm_pix_loss_image_backward(Tensor dloss, Tensor pred, Tensor image, Tensor index, int patch, float[] scale, float[] shift, bool normalize, float eps, int distance, float beta) -> Tensor");
+
+  // restore_tokens.cpp: mask_token and pos in fp32
+  m.def("native_restore_tokens(Tensor tokens, Tensor source, Tensor mask_token, Tensor pos) -> Tensor");
+  m.def("native_restore_tokens_backward(Tensor dout, Tensor source, int num_tokens, bool need_tokens, bool need_mask, bool need_pos) -> (Tensor, Tensor, Tensor)");
+
+  // info_nce.cpp
+  m.def("native_info_nce(Tensor q, Tensor k, float temperature, int label_offset, bool normalize) -> (Tensor, Tensor)");
+  m.def("native_info_nce_backward(Tensor dloss, Tensor q, Tensor k, Tensor lse, float temperature, int label_offset, bool normalize, bool need_q, bool need_k) -> (Tensor, Tensor)");
+}

@@ -1,0 +1,135 @@
+"""The C++ ops of csrc/: found or built when an op on the CPU first wants one.
+
+Built by ninja and a C++ compiler, once for each state of the sources, torch version, compiler and processor,
+into $TORCH_EXTENSIONS_DIR or ~/.cache/torch_extensions: half a minute, announced on stderr. Processes that
+want it at the same time wait for one another; one that is killed leaves nothing to trip over.
+
+Without a compiler or ninja the references in Python serve; one warning and `fastmim doctor` say so. The
+numbers are the same up to rounding. FASTMIM_NATIVE=0 chooses the references.
+"""
+
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from functools import cache
+from pathlib import Path
+
+import torch
+
+SOURCES = Path(__file__).parent / "csrc"
+LIBRARY = "fastmim_native.so"
+TORCH = Path(torch.__file__).parent
+FLAGS = (
+    "-O3", "-std=c++20", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wall", "-Wno-psabi",
+    "-ffp-contract=off",  # where multiply and add are one instruction they round once: not on every processor
+    "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native",
+    f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+    f"-isystem{TORCH}/include",
+)  # fmt: skip
+
+
+class Unavailable(Exception):
+    """Why there are no C++ ops here."""
+
+
+def _find(what: str, *names: str) -> str:
+    """The first program of `names`: on the path, or beside the interpreter, as in a venv not activated."""
+    beside = Path(sys.executable).parent
+    for name in names:
+        if found := shutil.which(name) or shutil.which(name, path=str(beside)):
+            return found
+    raise Unavailable(f"no {what} ({', '.join(names)}) on the path")
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        output = (done.stdout + done.stderr).strip().splitlines()
+        first = next((line for line in output if "error" in line.lower()), "no output")
+        raise Unavailable(f"{' '.join(command[:2])} failed with status {done.returncode}: {first}")
+    return done.stdout
+
+
+def _folder(compiler: str) -> Path:
+    """Where the library of these sources, this torch, compiler and processor lies."""
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    digest = hashlib.sha256()
+    for fact in (torch.__version__, _run([compiler, "--version"]), features, *FLAGS):
+        digest.update(fact.encode())
+    for path in sorted(SOURCES.iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
+    return Path(root) / f"fastmim_torch{torch.__version__.split('+')[0]}_{digest.hexdigest()[:12]}"
+
+
+def _ninja_file(compiler: str) -> str:
+    """One object per source and one library, all in the working directory."""
+    sources = sorted(SOURCES.resolve().glob("*.cpp"))
+    objects = " ".join(f"{path.stem}.o" for path in sources)
+    compiled = "".join(f"build {path.stem}.o: compile {_escape(path)}\n" for path in sources)
+    flags = " ".join(_escape(flag) for flag in FLAGS)
+    libraries = f"-L{_escape(TORCH / 'lib')} -ltorch_cpu -lc10"
+    return (
+        f"rule compile\n  command = {compiler} {flags} -c $in -o $out\n"
+        f"rule link\n  command = {compiler} -shared -fopenmp $in {libraries} -o $out\n"
+        f"{compiled}build {LIBRARY}: link {objects}\n"
+    )
+
+
+def _escape(path: Path | str) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def _build(compiler: str, folder: Path) -> None:
+    """Compiles in a folder of its own and moves the library to its place whole."""
+    ninja = _find("ninja", "ninja")
+    print("fastmim_kernels: building its C++ ops, once for this torch and processor", file=sys.stderr)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        Path(scratch, "build.ninja").write_text(_ninja_file(compiler))
+        _run([ninja, "-C", scratch])
+        os.replace(Path(scratch, LIBRARY), folder / LIBRARY)
+
+
+def library() -> Path:
+    """The built library; builds it if need be. Unavailable, with the reason, if that cannot be."""
+    if os.environ.get("FASTMIM_NATIVE") == "0":
+        raise Unavailable("FASTMIM_NATIVE=0")
+    if not SOURCES.is_dir():
+        raise Unavailable(f"no sources at {SOURCES.name}/")
+    compiler = _find("C++ compiler", *filter(None, [os.environ.get("CXX")]), "c++", "g++", "clang++")
+    folder = _folder(compiler)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it with the process
+            if not (folder / LIBRARY).exists():
+                _build(compiler, folder)
+    except OSError as error:
+        raise Unavailable(f"cannot write {folder}: {error.strerror}") from error
+    return folder / LIBRARY
+
+
+@cache
+def why_not() -> str | None:
+    """What keeps the C++ ops from serving in this process, or None if nothing does. Loads them."""
+    try:
+        torch.ops.load_library(library())
+    except (Unavailable, OSError) as error:
+        reason = str(error)
+        if reason != "FASTMIM_NATIVE=0":
+            warnings.warn(f"fastmim_kernels has no C++ ops, its references serve: {reason}", stacklevel=2)
+        return reason
+    return None
+
+
+def ready() -> bool:
+    """Whether the ops `torch.ops.fastmim.native_*` are there; builds and loads them at the first call."""
+    return why_not() is None
