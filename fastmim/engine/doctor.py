@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fastmim_kernels import native
 from fastmim_kernels.attention import choose_attention
 
 PACKAGES = (
@@ -64,7 +65,7 @@ def choices() -> dict[str, dict[str, str | bool]]:
     attention, reason = choose_attention(
         "auto", "cuda" if cuda else "cpu", torch.bfloat16 if cuda else torch.float32
     )
-    obstacle = why_no_dali()
+    obstacle, no_csrc = why_no_dali(), native.why_not()
     try:
         find_fused_adam()
         apex = "NVIDIA's apex is here: --optim.name apex"
@@ -77,18 +78,21 @@ def choices() -> dict[str, dict[str, str | bool]]:
         },
         "attention": {"use": attention, "why": reason},
         "kernels": {
-            "use": "triton" if cuda else "reference",
-            "why": "Triton on CUDA" if cuda else "the shipped PyTorch definitions serve the CPU",
+            "use": "triton" if cuda else "csrc and references",
+            "why": "Triton on CUDA" if cuda else "no CUDA device",
         },
         "decoder": {
             "use": "none" if obstacle else "dali",
             "why": obstacle or ("on the GPU" if cuda else "DALI's CPU operators"),
         },
         "optimizer": {"use": "adamw", "why": f"torch's fused AdamW by default. {apex}"},
-        "csrc": {"use": "none", "why": "this version has no C++ ops: nothing to build"},
+        "csrc": {
+            "use": "reference" if no_csrc else "native",
+            "why": no_csrc or "C++ ops serve the CPU where they pay; elsewhere the definitions in PyTorch",
+        },
         "compiler": {
             "use": shutil.which("c++") or shutil.which("g++") or "none",
-            "why": "DeepSpeed and C++ ops build with it",
+            "why": "DeepSpeed and csrc build with it",
         },
     }
 

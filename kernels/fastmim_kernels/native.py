@@ -91,8 +91,10 @@ def _escape(path: Path | str) -> str:
 def _build(compiler: str, folder: Path) -> None:
     """Compiles in a folder of its own and moves the library to its place whole."""
     ninja = _find("ninja", "ninja")
+    for left in folder.glob("build-*"):  # by a process that was killed: whoever holds the lock is alone
+        shutil.rmtree(left)
     print("fastmim_kernels: building its C++ ops, once for this torch and processor", file=sys.stderr)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
         Path(scratch, "build.ninja").write_text(_ninja_file(compiler))
         _run([ninja, "-C", scratch])
         os.replace(Path(scratch, LIBRARY), folder / LIBRARY)

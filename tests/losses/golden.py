@@ -16,6 +16,7 @@ PORTABLE = {  # read by libraries when they start, so set before the first impor
     "ONEDNN_MAX_CPU_ISA": "SSE41",
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
+    "FASTMIM_NATIVE": "0",  # the definitions, with or without a compiler
 }
 STEPS = 10
 
