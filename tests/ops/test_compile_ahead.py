@@ -122,6 +122,13 @@ def cases() -> Iterator[tuple]:
             back = loss.launch_backward, dloss.flatten()
             yield f"{name} loss back", *back, rows, rows.float(), True, 1e-6, (True, False)
             yield f"{name} distance back", *back, rows, rows, False, 1e-6, (True, True)
+            for form in ((1, 1.0), (2, 2.0)) if ALL or name == "B/16 bfloat16" else ():
+                plain = rows, rows, False, 1e-6
+                yield f"{name} loss {form}", loss.launch_forward, *plain, *form
+                yield f"{name} loss {form} back", *back, *plain, (True, False), *form
+                target = bytes_, scored, *norm, False, 1e-6, *form
+                yield f"{name} loss {form} of bytes", image_loss.launch_forward, pred, *target
+                yield f"{name} loss {form} of bytes back", image_loss.launch_backward, dloss, pred, *target
             for kind, image in {"bytes": bytes_, "floats": channels_first}.items():
                 target = image, scored, *norm, True, 1e-6
                 yield f"{name} loss of {kind}", image_loss.launch_forward, pred, *target

@@ -1,9 +1,12 @@
 """norm_pix_loss: the kernel against the fp64 definition, then the op against PyTorch's checks."""
 
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
 from fastmim_kernels import norm_pix_loss
-from fastmim_kernels.norm_pix_loss import launch_backward, launch_forward, norm_pix_loss_reference
+from fastmim_kernels.norm_pix_loss import DISTANCES, launch_backward, launch_forward, norm_pix_loss_reference
 from fastmim_kernels.testing import assert_no_worse
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -38,6 +41,41 @@ def test_kernel_matches_definition(M, D, dtype, normalize, device):
     if not normalize:
         assert dtarget.dtype == dtype
         assert_no_worse("dtarget", dtarget, oracle[2], naive[2].to(dtype))
+
+
+@pytest.mark.parametrize("beta", [0.3, 2.0])  # data2vec's is 2
+@pytest.mark.parametrize("distance", [1, 2])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_other_distances_match_their_definition(normalize, dtype, distance, beta, device):
+    pred, target, dloss = make_inputs(9, 588, dtype, device)
+    target[1] = pred[1]  # no distance: a slope of zero, on both sides
+
+    def forward_backward(cast):
+        p, t = pred.to(cast).requires_grad_(), target.to(cast).requires_grad_()
+        loss = norm_pix_loss_reference(p, t, normalize, 1e-6, DISTANCES[distance], beta)
+        return loss.detach(), *torch.autograd.grad(loss, (p, t), dloss.to(cast))
+
+    oracle, naive = forward_backward(torch.float64), forward_backward(FP32)
+    form = distance, beta
+    assert_no_worse("loss", launch_forward(pred, target, normalize, 1e-6, *form), oracle[0], naive[0])
+    grads = launch_backward(dloss, pred, target, normalize, 1e-6, (True, not normalize), *form)
+    assert_no_worse("dpred", grads[0], oracle[1], naive[1].to(dtype))
+    if not normalize:
+        assert_no_worse("dtarget", grads[1], oracle[2], naive[2].to(dtype))
+        assert not grads[0][1].any() and not grads[1][1].any()
+
+
+def test_the_distances_are_those_of_torch(device):
+    pred, target, _ = make_inputs(9, 48, FP32, device)
+    for distance, f in (("l1", F.l1_loss), ("smooth_l1", partial(F.smooth_l1_loss, beta=2.0))):
+        p = [pred.clone().requires_grad_() for _ in range(2)]
+        loss = norm_pix_loss(p[0], target, normalize=False, distance=distance, beta=2.0).mean()
+        expected = f(p[1], target)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(
+            *(torch.autograd.grad(x, y)[0] for x, y in zip((loss, expected), p, strict=True))
+        )
 
 
 def test_the_formula_in_plain_numbers():
@@ -128,6 +166,11 @@ def test_rejects_what_it_cannot_do(device):
         norm_pix_loss(pred[:, :1], target[:, :1])
     with pytest.raises(ValueError, match="fp32, bf16 or fp16"):
         norm_pix_loss(pred.double(), target)
+    with pytest.raises(ValueError, match="want a distance of"):
+        norm_pix_loss(pred, target, distance="huber")
+    for beta in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="want 0 < beta"):
+            norm_pix_loss(pred, target, distance="smooth_l1", beta=beta)
     with pytest.raises(ValueError, match="gets no gradient"):
         norm_pix_loss(pred, target.requires_grad_())
     with torch.no_grad():

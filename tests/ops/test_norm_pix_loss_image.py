@@ -3,6 +3,7 @@
 import pytest
 import torch
 from fastmim_kernels import norm_pix_loss_image
+from fastmim_kernels.norm_pix_loss import DISTANCES
 from fastmim_kernels.norm_pix_loss_image import (
     launch_backward,
     launch_forward,
@@ -56,6 +57,29 @@ def test_kernel_matches_definition(case, image_dtype, dtype, normalize, device):
     dpred = launch_backward(dloss, pred, *options)
     assert dpred.dtype == dtype
     assert_no_worse("dpred", dpred, oracle[1], naive[1].to(dtype))
+
+
+@pytest.mark.parametrize("distance", [1, 2])
+@pytest.mark.parametrize("normalize", [True, False])  # SimMIM's is plain
+def test_other_distances_match_their_definition(normalize, distance, device):
+    pred, image, index, norm, dloss = make_inputs(2, 56, 56, 3, 14, 9, BYTES, FP32, device)
+
+    def of(cast):
+        p = pred.to(cast).requires_grad_()
+        loss = norm_pix_loss_image_reference(
+            p, image, index, *norm, normalize, 1e-6, DISTANCES[distance], 0.5
+        )
+        return loss.detach(), torch.autograd.grad(loss, p, dloss.to(cast))[0]
+
+    oracle, naive = of(torch.float64), of(FP32)
+    options = image, index, *norm, normalize, 1e-6, distance, 0.5
+    assert_no_worse("loss", launch_forward(pred, *options), oracle[0], naive[0])
+    assert_no_worse("dpred", launch_backward(dloss, pred, *options), oracle[1], naive[1])
+    form = {"normalize": normalize, "distance": DISTANCES[distance], "beta": 0.5}
+    p = pred.clone().requires_grad_()
+    loss = norm_pix_loss_image(p, image, index, *norm, **form)
+    assert_no_worse("public loss", loss.detach(), oracle[0], naive[0])
+    assert_no_worse("public dpred", torch.autograd.grad(loss, p, dloss)[0], oracle[1], naive[1])
 
 
 def test_a_prediction_of_the_normalised_patch_costs_nothing(device):
@@ -132,6 +156,8 @@ def test_rejects_what_it_cannot_do(device):
         norm_pix_loss_image(pred.transpose(1, 2).contiguous().transpose(1, 2), image, index, *norm)
     with pytest.raises(ValueError, match="multiples of the patch"):
         norm_pix_loss_image(pred, image[:, :-1], index, *norm)
+    with pytest.raises(ValueError, match="want a distance of"):
+        norm_pix_loss_image(pred, image, index, *norm, distance="huber")
     with pytest.raises(ValueError, match="image gets no gradient"):
         norm_pix_loss_image(pred, (image / 255).requires_grad_(), index, *norm)
     with pytest.raises(ValueError, match="want 2 <= P"):
