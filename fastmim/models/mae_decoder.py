@@ -68,8 +68,10 @@ class Decoder(nn.Module):
         rows_Rd = self.decoder_embed(z_BTD).flatten(0, 1)
         source = token_sources(seen, self.num_patches)
         x = restore_tokens(rows_Rd, source, self.mask_token.view(-1), self.decoder_pos_embed[0])
+        branch = None
         for block in self.decoder_blocks:
-            x = block(x)
+            x, branch = block(x, branch)
+        x = x if branch is None else x + branch
         x = x[:, 1:]  # the class row helps the others and predicts nothing
         if scored_BL is not None:  # the norm and the head work row by row: unscored rows need neither
             index = scored_BL.repeat(V, 1)[..., None].expand(-1, -1, x.shape[-1])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from fastmim_kernels import gather_patches
+from fastmim_kernels import add_layer_norm, bias_gelu, gather_patches
 from fastmim_kernels.attention import Backend, attention
 from torch import Tensor, nn
 
@@ -146,29 +146,56 @@ class Attention(nn.Module):
         return self.proj(attention(q, k, v, segments=segments, backend=self.backend).reshape(B, T, D))
 
 
+class LinearGELU(nn.Linear):
+    """`gelu(x W + b)`, exact: the bias enters with the GELU, and the backward keeps the product alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return bias_gelu(F.linear(x, self.weight), self.bias)
+
+
 class MLP(nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc1 = LinearGELU(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.fc1(x))
+
+
+class AddNorm(nn.LayerNorm):
+    """LayerNorm of a residual stream to which a branch is added first; gives both. Eps as in MAE."""
+
+    def __init__(self, width: int):
+        super().__init__(width, eps=NORM_EPS)
+
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """`[B, T, D]` and the branch of the same shape, if one is to be added, to normed and sum."""
+        if branch is None:
+            return super().forward(x), x
+        return add_layer_norm(branch, x, self.weight, self.bias, eps=self.eps)
 
 
 class Block(nn.Module):
-    """`x += MHA(LN x); x += MLP(LN x)`, exact GELU, on `[B, T, D]`."""
+    """`x += MHA(LN x); x += MLP(LN x)`, exact GELU, on `[B, T, D]`.
+
+    The sums are made where they are normalised: a block takes the stream and the branch that the block before
+    it left to be added, and leaves its own.
+    """
 
     def __init__(self, width: int, heads: int, backend: Backend):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.norm1 = AddNorm(width)
         self.attn = Attention(width, heads, backend)
-        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.norm2 = AddNorm(width)
         self.mlp = MLP(width)
 
-    def forward(self, x_BTD: Tensor, segments: tuple[int, ...] | None = None) -> Tensor:
-        x_BTD = x_BTD + self.attn(self.norm1(x_BTD), segments)
-        return x_BTD + self.mlp(self.norm2(x_BTD))
+    def forward(
+        self, x_BTD: Tensor, branch_BTD: Tensor | None = None, segments: tuple[int, ...] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        normed_BTD, x_BTD = self.norm1(x_BTD, branch_BTD)
+        normed_BTD, x_BTD = self.norm2(x_BTD, self.attn(normed_BTD, segments))
+        return x_BTD, self.mlp(normed_BTD)
 
 
 def init_linear(module: nn.Module) -> None:
@@ -189,7 +216,7 @@ class Encoder(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, D))
         self.pos_embed = nn.Parameter(sincos_2d(D, config.grid)[None], requires_grad=False)
         self.blocks = nn.ModuleList(Block(D, config.heads, config.attention) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(D, eps=NORM_EPS)
+        self.norm = AddNorm(D)
         self.blocks.apply(init_linear)
         nn.init.normal_(self.cls_token, std=0.02)
 
@@ -206,10 +233,10 @@ class Encoder(nn.Module):
         cls_B1D = (self.cls_token + self.pos_embed[:, :1]).expand(len(index_BK), -1, -1)
         runs = patches_BKD.split([s.shape[1] for s in seen], dim=1)
         x_BTD = torch.cat([part for run in runs for part in (cls_B1D, run)], dim=1)
-        segments = view_lengths(seen)
+        segments, branch_BTD = view_lengths(seen), None
         for block in self.blocks:
-            x_BTD = block(x_BTD, segments)
-        return self.norm(x_BTD)
+            x_BTD, branch_BTD = block(x_BTD, branch_BTD, segments)
+        return self.norm(x_BTD, branch_BTD)[0]
 
 
 def view_lengths(seen: Sequence[Tensor]) -> tuple[int, ...]:

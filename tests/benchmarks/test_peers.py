@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 
 from benchmarks.engines import AutocastEngine, WrongLoss
 from benchmarks.peers import race, timm_mae, transformers_vitmae
@@ -16,9 +15,14 @@ from fastmim.optim import OptimConfig
 from tests.methods.conftest import DECODER, MODEL, make_batch
 
 
-def our_block(width: int, heads: int) -> nn.Module:
-    """In timm's place: a block of the same weights."""
-    return Block(width, heads, "sdpa")
+class OurBlock(Block):
+    """In timm's place: a block of the same weights that adds its own branch."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__(width, heads, "sdpa")
+
+    def forward(self, x):
+        return sum(super().forward(x))
 
 
 def method(norm_pix: bool = True):
@@ -29,7 +33,7 @@ def method(norm_pix: bool = True):
 @pytest.mark.parametrize("norm_pix", [True, False])
 def test_the_mae_of_timms_blocks_is_ours(norm_pix):
     ours, batch = method(norm_pix), make_batch()
-    peer = Peer(timm_mae.build(ours, our_block), MODEL)
+    peer = Peer(timm_mae.build(ours, OurBlock), MODEL)
     expected = ours(batch).loss
     actual = peer(batch, noise_that_shows(ours, batch))
     assert actual.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -45,7 +49,7 @@ def test_the_mae_of_timms_blocks_is_ours(norm_pix):
 @pytest.mark.parametrize("name", ["decoder_pred.bias", "pos_embed", "blocks.1.mlp.fc2.weight", "mask_token"])
 def test_a_peer_of_other_weights_is_not_timed(name):
     ours, batch = method(), make_batch()
-    peer = timm_mae.build(ours, our_block)
+    peer = timm_mae.build(ours, OurBlock)
     with torch.no_grad():
         values = peer.get_parameter(name)
         values.add_(torch.randn(values.shape, generator=torch.Generator().manual_seed(1)))
@@ -55,7 +59,7 @@ def test_a_peer_of_other_weights_is_not_timed(name):
 
 def test_a_peer_that_hides_less_is_not_timed():
     ours, batch = method(), make_batch()
-    peer = timm_mae.build(ours, our_block)
+    peer = timm_mae.build(ours, OurBlock)
     peer.num_seen += 6
     with pytest.raises(WrongLoss):
         check_peer(Peer(peer, MODEL), ours, batch, "fp32")
@@ -64,7 +68,7 @@ def test_a_peer_that_hides_less_is_not_timed():
 def test_a_race_times_all_and_writes_a_row_for_each(tmp_path, monkeypatch, capsys):
     arguments = "--model vit_tiny --image-size 32 --patch 8 --decoder-size 32 1 2 --batch 16 --warmup 1"
     arguments += f" --steps 8 --engine plain --precision fp32 --no-compile --results {tmp_path}"
-    assert race.main("timm", "torch", lambda m: timm_mae.build(m, our_block), arguments.split()) == 0
+    assert race.main("timm", "torch", lambda m: timm_mae.build(m, OurBlock), arguments.split()) == 0
     rows = [json.loads(line) for line in (tmp_path / "peers.jsonl").read_text().splitlines()]
     assert [row["provider"] for row in rows] == ["timm eager", "plain"]
     assert all(row["steps"] == 8 and row["images_per_s"] > 0 and row["race"] == "timm" for row in rows)
@@ -108,7 +112,7 @@ def test_every_weight_has_its_own_name_in_transformers():
 
 def test_an_autocast_engine_learns():
     ours, batch = method(), make_batch()
-    engine = AutocastEngine(Peer(timm_mae.build(ours, our_block), MODEL), "fp32", OptimConfig())
+    engine = AutocastEngine(Peer(timm_mae.build(ours, OurBlock), MODEL), "fp32", OptimConfig())
     losses = []
     for _ in range(5):
         torch.manual_seed(0)  # the same masks
