@@ -126,6 +126,18 @@ def test_gather_patches(channels, dtype, ops):
 
 
 @needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gather_patches_rounds_to_nearest(dtype, ops):
+    """The tolerance of the other tests would let a value be cut off."""
+    image = rand(1, 16, 16, 3)
+    image.view(-1)[:5] = torch.tensor([float("inf"), -float("inf"), float("nan"), 1 + 2**-8, 1 + 3 * 2**-8])
+    rows = ops.native_gather_patches(
+        image, torch.zeros(1, 1, dtype=torch.int64), 16, [1.0] * 3, [0.0] * 3, dtype
+    )
+    torch.testing.assert_close(rows.view(-1), image.view(-1).to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@needs_library
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, False)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("D", [5, 48])
