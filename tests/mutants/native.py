@@ -1,4 +1,4 @@
-"""Planted faults of csrc/ and native.py: each must turn a test red (`make mutants`). Each is a build, half a minute."""
+"""Planted faults of csrc/ and native.py: each must turn a test red (`make mutants`); each is a build."""
 
 TESTS = ["tests/ops/test_native.py"]  # what is run against each
 FAULTS = [
