@@ -38,7 +38,6 @@ inline Floats exp_negative(Floats x) {
   y = y * f + 0.5f;
   y = y * f + 1.0f;
   y = y * f + 1.0f;
-  typedef int32_t Ints __attribute__((vector_size(64)));
   const Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
   const Floats scaled = y * read<Floats>(reinterpret_cast<const float*>(&power));
   return x < least ? Floats{} : scaled;

@@ -19,6 +19,9 @@ TORCH_LIBRARY_FRAGMENT(fastmim, m) {
   m.def("native_restore_tokens(Tensor tokens, Tensor source, Tensor mask_token, Tensor pos) -> Tensor");
   m.def("native_restore_tokens_backward(Tensor dout, Tensor source, int num_tokens, bool need_tokens, bool need_mask, bool need_pos) -> (Tensor, Tensor, Tensor)");
 
+  // resized_crop.cpp: boxes int64 [B, 4]
+  m.def("native_resized_crop(Tensor[] images, Tensor boxes, Tensor flips, int height, int width, bool cubic) -> Tensor");
+
   // info_nce.cpp
   m.def("native_info_nce(Tensor q, Tensor k, float temperature, int label_offset, bool normalize) -> (Tensor, Tensor)");
   m.def("native_info_nce_backward(Tensor dloss, Tensor q, Tensor k, Tensor lse, float temperature, int label_offset, bool normalize, bool need_q, bool need_k) -> (Tensor, Tensor)");

@@ -10,6 +10,10 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -19,6 +23,7 @@ namespace fastmim {
 
 constexpr int64_t LANES = 16;
 typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
 typedef uint16_t Shorts __attribute__((vector_size(32)));
 typedef uint8_t Bytes __attribute__((vector_size(16)));
@@ -37,8 +42,16 @@ inline void write(T* at, V v) {
   std::memcpy(at, &v, sizeof(V));
 }
 
+inline Ints load_ints(const uint8_t* at) {
+#ifdef __AVX512F__
+  return (Ints)_mm512_cvtepu8_epi32(read<__m128i>(at));  // GCC needs seven instructions for it
+#else
+  return __builtin_convertvector(__builtin_convertvector(read<Bytes>(at), Shorts), Ints);  // else in single values
+#endif
+}
+
 inline Floats load(const float* at) { return read<Floats>(at); }
-inline Floats load(const uint8_t* at) { return __builtin_convertvector(read<Bytes>(at), Floats); }
+inline Floats load(const uint8_t* at) { return __builtin_convertvector(load_ints(at), Floats); }
 inline Floats load(const c10::BFloat16* at) {
   const Words high = __builtin_convertvector(read<Shorts>(at), Words) << 16;
   return read<Floats>(reinterpret_cast<const float*>(&high));

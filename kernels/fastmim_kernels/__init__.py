@@ -13,6 +13,7 @@ from fastmim_kernels.info_nce import info_nce
 from fastmim_kernels.norm_pix_loss import norm_pix_loss
 from fastmim_kernels.norm_pix_loss_image import norm_pix_loss_image
 from fastmim_kernels.philox import draw_uint32, draw_uniform, sample_keys
+from fastmim_kernels.resized_crop import resized_crop
 from fastmim_kernels.restore_tokens import restore_tokens
 from fastmim_kernels.split_patches import num_seen, split_patches
 
@@ -29,6 +30,7 @@ __all__ = [
     "norm_pix_loss",
     "norm_pix_loss_image",
     "num_seen",
+    "resized_crop",
     "restore_tokens",
     "sample_keys",
     "split_patches",
