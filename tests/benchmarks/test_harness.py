@@ -11,7 +11,7 @@ import torch
 from benchmarks import harness, plot
 from benchmarks.harness import Case
 
-OPS = ("norm_pix_loss_image", "gather_patches", "restore_tokens", "attention")
+OPS = ("norm_pix_loss_image", "gather_patches", "restore_tokens", "attention", "split_patches")
 
 
 def case(provider: str, *outputs: torch.Tensor, absent: str | None = None) -> Case:

@@ -9,6 +9,7 @@ import json
 import os
 import pkgutil
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -45,10 +46,15 @@ WIDTHS = {
 }
 # widths of info_nce: a tiny encoder, the heads of CMAE and of C-MAE, the most
 FEATURES = {192: (BF16,), 256: (BF16, FP16, FP32), 768: (BF16, FP16, FP32), 1024: (BF16, FP32)}
+# of masks: CIFAR, ViT-B/16 at 224, 256, 384 and 512 pixels
+GRIDS = (8, 14, 16, 24, 32)
+ASPECT = 0.3, 1 / 0.3
+BLOCK_FP64 = {"mul.f64", "sqrt.rn.f64", "selp.f64", "cvt.rn.f64.s64", "cvt.rzi.s32.f64"}
 # all of these are minutes of compilation: `make compile-ahead`; each run of the tests takes what ViT-B takes
 ALL = os.environ.get("FASTMIM_COMPILE_ALL") == "1"
 BLOCKS = WIDTHS if ALL else {"width 768": (768, 50, (BF16,))}
 CONTRAST = FEATURES if ALL else {256: (BF16,)}
+MASKS = GRIDS if ALL else (14,)
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}  # bytes that one program may hold
 IMAGES = 64
 
@@ -79,6 +85,19 @@ def test_every_kernel_compiles_for_every_architecture_and_spills_nothing(tmp_pat
     # a line of an uint8 patch of 16 pixels is read 16 bytes at a time
     dense = [row for row in rows if row["case"] == "B/16 bfloat16 gather bytes"]
     assert dense and all(row["vector"] == 4 for row in dense)
+    # a mask of blocks is the reference's bit for bit: its fp64 knows products and a root, which IEEE rounds
+    # alike everywhere, and no sum to be fused; its constants came through whole, not by way of fp32
+    blocks = [row for row in rows if row["case"].startswith("grid of") and "_block_kernel" in row["kernel"]]
+    assert blocks and all({"mul.f64", "sqrt.rn.f64"} <= set(row["fp64"]) <= BLOCK_FP64 for row in blocks)
+    assert all(block_constants() <= set(row["doubles"]) for row in blocks)
+
+
+def block_constants() -> set[str]:
+    """What the sides of blocks are multiplied by, in hex. The compiler multiplies the first two itself."""
+    found = set()
+    for lowest, top, *bits in import_module("fastmim_kernels.block_masks").side_factors(*ASPECT):
+        found |= {struct.pack(">d", value).hex().upper() for value in (lowest, lowest * top, *bits)}
+    return found
 
 
 def kernels_of_the_package() -> set[str]:
@@ -139,8 +158,33 @@ def cases() -> Iterator[tuple]:
             dout = new(IMAGES, N + 1, width, dtype=dtype)
             for needs in ((True, True, False), (True, True, True), (False, True, False)):
                 yield f"{name} restore back", restore.launch_backward, dout, source, len(tokens), needs
+    yield from mask_cases()
     yield from block_cases()
     yield from contrast_cases()
+
+
+def mask_cases() -> Iterator[tuple]:
+    """Launches of the masks that are not drawn patch by patch, with a count for all or one for each."""
+    split, blocks = (import_module(f"fastmim_kernels.{name}") for name in ("split_patches", "block_masks"))
+    keys, counts = (torch.empty(IMAGES, dtype=torch.int64) for _ in range(2))
+    mask = torch.empty(IMAGES, split.MAX_N, dtype=torch.bool)
+    yield "most patches grouped", split.launch, keys, split.MAX_N, split.MAX_N // 4, 0, 64, 2
+    yield "most patches of a mask", split.launch_mask, mask, split.MAX_N // 2
+    yield "most patches uniform", blocks.launch_uniform, keys, counts, split.MAX_N, 0
+    # Triton compiles an argument of one in, as a constant that knows no tensor's methods
+    yield "ones of blocks", blocks.launch, keys, None, 1 << 8, (2, 2), 1, 1, ASPECT, 10, 1, 1
+    yield "ones of a mask", split.launch_mask, mask[:, :1], 0
+    yield "ones uniform", blocks.launch_uniform, keys, counts, 1, 1
+    yield "ones grouped", split.launch, keys, 4, 1, 1, 2, 2
+    for side in MASKS:
+        N, case = side * side, f"grid of {side}"
+        yield f"{case} grouped", split.launch, keys, N, N // 4, 0, side, 2
+        yield f"{case} of a mask", split.launch_mask, mask[:, :N], N // 2
+        yield f"{case} uniform", blocks.launch_uniform, keys, counts, N, 0
+        areas = (side, side), 16, N, ASPECT
+        for name, targets, patience in (("BEiT", None, 10), ("exact", None, 0), ("iBOT", counts, 10)):
+            rest = patience, blocks.MAX_TRIES, 0
+            yield f"{case} {name}", blocks.launch, keys, targets, N << 8, *areas, *rest
 
 
 def block_cases() -> Iterator[tuple]:
@@ -254,9 +298,12 @@ def main(half: int) -> None:
             found = compiled(lambda f=launcher, a=arguments: f(*a), sm)
             assert found, f"{case}: nothing was launched"
             for name, kernel in found:
-                widths = re.findall(r"ld\.global\S*\.v(\d)\.", kernel.asm["ptx"])
+                ptx = kernel.asm["ptx"]
+                widths = re.findall(r"ld\.global\S*\.v(\d)\.", ptx)
                 row = {"case": case, "kernel": name, "sm": sm, **resources(kernel)}
                 row |= {"shared": kernel.metadata.shared, "tensor": getattr(kernel.metadata, "tmem_size", 0)}
+                row["fp64"] = sorted(set(re.findall(r"^\s*(?:@\S+\s+)?(\S*\.f64\S*)", ptx, re.MULTILINE)))
+                row["doubles"] = sorted(set(re.findall(r"\b0d([0-9A-F]{16})\b", ptx)))
                 print(json.dumps({**row, "vector": max(map(int, widths), default=1)}), flush=True)
 
 
