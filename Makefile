@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
 
-.PHONY: help setup train test bench compile-ahead lint format golden pins clean
+.PHONY: help setup train test bench compile-ahead mutants lint format golden pins clean
 
 help:
 	@echo "make train   install into $(VENV) and train R-MAE on the embedded sample set (ARGS='--steps 50' adds flags)"
 	@echo "make test    install into $(VENV) and run all tests (ARGS='-k rmae' selects)"
 	@echo "make bench   everything that is measured on a GPU, in 8 minutes (ARGS='--quick' in 2, ARGS='--rehearse' on a CPU)"
 	@echo "make compile-ahead  compile every kernel in every configuration for sm_80, 90, 100, without a GPU (minutes)"
+	@echo "make mutants plant every listed fault: each must turn a test red (an hour; ARGS='ema losses' takes these groups)"
 	@echo "make lint    ruff, import contracts, mypy"
 	@echo "make format  ruff format and the fixes it knows"
 	@echo "make golden  record the golden losses anew, after a change that is meant to change results"
@@ -47,6 +48,9 @@ bench: alive
 
 compile-ahead: alive
 	FASTMIM_COMPILE_ALL=1 $(BIN)/python -m pytest tests/ops/test_compile_ahead.py
+
+mutants: alive
+	$(BIN)/python tests/mutants/run.py $(ARGS)
 
 lint: alive
 	$(BIN)/ruff check .

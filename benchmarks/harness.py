@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -205,10 +206,22 @@ def relative_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> floa
     return worst
 
 
-def extra_mib(run: Callable[[], object]) -> float | None:
-    """Device memory taken at most beyond what was there before; None on a CPU, which does not count it."""
+def extra_mib(run: Callable[[], object]) -> float:
+    """Memory of torch's taken at most beyond what was there before.
+
+    On a CPU every allocation and release is added up that torch's profiler records; what a library takes
+    without torch is not among them.
+    """
     if DEVICE == "cpu":
-        return None
+        live = peak = 0
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            result = run()
+        for event in recorded.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                live += event.nbytes()
+                peak = max(peak, live)
+        del result
+        return peak / 2**20
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -271,7 +284,8 @@ def sentence(row: dict[str, Any]) -> str:
     if "failed" in row:
         return f"{head}  FAILED: {row['failed']}"
     tflops = f"  {row['tflop_per_s']:.3g} TFLOP/s" if row["tflop_per_s"] else ""
-    return f"{head}  {row['ms']:.3f} ms  {row['gb_per_s']:.3g} of {row['copy_gb_per_s']:.3g} GB/s{tflops}"
+    rate = f"{row['gb_per_s']:.3g} of {row['copy_gb_per_s']:.3g} GB/s"
+    return f"{head}  {row['ms']:.3f} ms  {rate}{tflops}  {row['extra_mib']:.4g} MiB extra"
 
 
 def module_exists(name: str) -> bool:

@@ -7,6 +7,7 @@ from fastmim_kernels.add_layer_norm import add_layer_norm
 from fastmim_kernels.attention import attention
 from fastmim_kernels.bias_gelu import bias_gelu
 from fastmim_kernels.block_masks import block_mask, grid_mask, ibot_targets, uniform_mask
+from fastmim_kernels.debug import set_debug
 from fastmim_kernels.ema_update import ema_update
 from fastmim_kernels.gather_patches import gather_patches
 from fastmim_kernels.gather_tokens import gather_tokens
@@ -44,6 +45,7 @@ __all__ = [
     "resized_crop",
     "restore_tokens",
     "sample_keys",
+    "set_debug",
     "split_mask",
     "split_patches",
     "split_patches_grouped",

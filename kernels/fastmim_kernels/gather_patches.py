@@ -11,8 +11,8 @@ Shapes  B = images, H x W pixels of C channels, K = patches per image, P = p * p
 Dtypes  image uint8, or bf16, fp16, fp32; index int64; arithmetic fp32; rows fp32, bf16 or fp16.
 Bytes   B * K * P * (s_image + s_row): each chosen pixel read once, each row written once. Memory bound.
 Limits  any strides; mean and std are compiled in (C unrolled): meant for a few channels, few values.
-        The index is checked on the CPU only. The image gets a gradient when it is floating; patches that
-        share pixels are summed by fp32 atomics. CUDA runs Triton, CPU runs csrc/ or the reference.
+        The index is checked on the CPU, on CUDA in debug mode. The image gets a gradient when it is floating;
+        patches that share pixels are summed by fp32 atomics. CUDA runs Triton, CPU csrc/ or the reference.
 """
 
 from collections.abc import Sequence
@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmim_kernels import native
+from fastmim_kernels.debug import debugging
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 TILE = 4096  # values per program: 8 kB of bf16 rows
@@ -186,6 +187,8 @@ def launch_backward(
 def _op(
     image: Tensor, index: Tensor, patch: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
 ) -> Tensor:
+    if debugging():
+        check_index(index, image, patch)
     return launch_forward(image, index, patch, mean, std, dtype)
 
 
@@ -248,7 +251,7 @@ _op.register_autograd(_backward, setup_context=_save)
 
 
 def check_index(index_BK: Tensor, image_BHWC: Tensor, patch: int) -> None:
-    """ValueError for an index that names no patch. Reads the values: CPU only, CUDA would have to wait."""
+    """ValueError for an index that names no patch. Reads the values: CUDA has to wait."""
     count = (image_BHWC.shape[1] // patch) * (image_BHWC.shape[2] // patch)
     if index_BK.numel() and not 0 <= index_BK.min() <= index_BK.max() < count:
         raise ValueError(f"want patch indices in [0, {count}), got {index_BK.min()} .. {index_BK.max()}")

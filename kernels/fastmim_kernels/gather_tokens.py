@@ -14,13 +14,16 @@ Dtypes  tokens, pos and cls bf16, fp16 or fp32; index int64; arithmetic and sums
 Bytes   B * K * (2 * s * D + 8) forward, backward B * s * D * (K + N) and partial sums; pos is read from
         cache. Memory bound.
 Limits  last dim contiguous, other strides free. No index twice in one sample: the backward writes, it does
-        not add. Range and uniqueness are checked on the CPU only. CUDA runs Triton, CPU runs the reference.
+        not add. Range and uniqueness are checked on the CPU, on CUDA in debug mode. CUDA runs Triton, CPU
+        runs the reference.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fastmim_kernels.debug import debugging
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SPLIT = 64  # samples summed by one program of the backward, at most; their order depends on B alone
@@ -139,6 +142,8 @@ def launch_backward(
 
 @torch.library.custom_op("fastmim::gather_tokens", mutates_args=(), device_types="cuda")
 def _op(tokens: Tensor, index: Tensor, pos: Tensor | None, cls: Tensor | None) -> Tensor:
+    if debugging():
+        _check_index(index, tokens.shape[1])
     return launch_forward(tokens, index, pos, cls)
 
 
@@ -207,12 +212,14 @@ _op.register_autograd(_backward, setup_context=_save)
 
 
 def _check_index(index_BK: Tensor, N: int) -> None:
-    """Reads the values: CPU only, CUDA would have to wait."""
+    """Reads the values: CUDA has to wait."""
     if index_BK.numel() and not 0 <= index_BK.min() <= index_BK.max() < N:
         raise ValueError(f"want token indices in [0, {N}), got {index_BK.min()} .. {index_BK.max()}")
     ascending = index_BK.sort(dim=1).values
-    if (ascending[:, 1:] == ascending[:, :-1]).any():
-        raise ValueError("want each token at most once in a sample, got an index twice")
+    twice = ascending[:, 1:] == ascending[:, :-1]
+    if twice.any():
+        b, k = twice.nonzero()[0].tolist()
+        raise ValueError(f"want each token at most once in a sample, got {ascending[b, k]} twice in {b}")
 
 
 def gather_tokens(

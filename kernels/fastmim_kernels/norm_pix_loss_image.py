@@ -7,7 +7,7 @@ Shapes  B = images, L = scored patches per image, P = patch * patch * C values p
 Dtypes  pred bf16, fp16 or fp32; image uint8 (divided by 255) or floating; arithmetic and loss fp32.
 Bytes   B * L * P * (s_pred + s_image) + 4 * B * L forward; backward adds B * L * P * s_pred. Memory bound.
 Limits  last dim of pred contiguous, image of any strides, 2 <= P <= 8192. Differentiable in pred only. The
-        index is checked on the CPU only. CUDA runs Triton, CPU runs csrc/ or the reference.
+        index is checked on the CPU, on CUDA in debug mode. CUDA runs Triton, CPU csrc/ or the reference.
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmim_kernels import native
+from fastmim_kernels.debug import debugging
 from fastmim_kernels.gather_patches import (
     affine,
     check_image,
@@ -193,6 +194,8 @@ def _op(
     distance: int = 0,
     beta: float = 1.0,
 ) -> Tensor:
+    if debugging():
+        check_index(index, image, patch)
     return launch_forward(pred, image, index, patch, mean, std, normalize, eps, distance, beta)
 
 

@@ -12,7 +12,8 @@ Dtypes  tokens, mask_token and pos bf16, fp16 or fp32; source int64, -1 for the 
 Bytes   B * N * (s * D + 8) + s * D * (tokens asked for) forward; the same and partial sums backward:
         pos is read once per tile of samples. Memory bound.
 Limits  last dim contiguous. Each row of tokens is asked for at most once: the backward writes, it does not
-        add. Range and uniqueness are checked on the CPU only. CUDA runs Triton, CPU csrc/ or the reference.
+        add. Range and uniqueness are checked on the CPU, on CUDA in debug mode. CUDA runs Triton, CPU csrc/
+        or the reference.
 """
 
 import torch
@@ -21,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmim_kernels import native
+from fastmim_kernels.debug import debugging
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SPLIT = 64  # samples summed by one program of the backward, at most; their order depends on B alone
@@ -131,6 +133,8 @@ def launch_backward(
 
 @torch.library.custom_op("fastmim::restore_tokens", mutates_args=(), device_types="cuda")
 def _op(tokens: Tensor, source: Tensor, mask_token: Tensor, pos: Tensor) -> Tensor:
+    if debugging():
+        _check_source(source, tokens.shape[0])
     return launch_forward(tokens, source, mask_token, pos)
 
 
@@ -200,12 +204,15 @@ _op.register_autograd(_backward, setup_context=_save)
 
 
 def _check_source(source_BN: Tensor, num_tokens: int) -> None:
-    """Reads the values: CPU only, CUDA would have to wait."""
+    """Reads the values: CUDA has to wait."""
     used = source_BN[source_BN != -1]
     if used.numel() and not 0 <= used.min() <= used.max() < num_tokens:
         raise ValueError(f"want sources in [-1, {num_tokens}), got {source_BN.min()} .. {source_BN.max()}")
-    if used.numel() and used.bincount().max() > 1:
-        raise ValueError(f"want each token asked for at most once, row {used.bincount().argmax()} is not")
+    times = used.bincount()
+    if used.numel() and times.max() > 1:
+        raise ValueError(
+            f"want each token at most once, got row {times.argmax()} asked for {times.max()} times"
+        )
 
 
 def restore_tokens(tokens_RD: Tensor, source_BN: Tensor, mask_token_D: Tensor, pos_ND: Tensor) -> Tensor:

@@ -103,6 +103,28 @@ def test_the_table_is_made_once_and_never_stale(device):
     assert all(torch.equal(v.view(-1)[v.numel() // 2 :], r) for v, r in zip(teacher, rest, strict=True))
 
 
+def test_vectors_are_promised_only_where_both_addresses_allow_them(device):
+    """The interpreter cannot break this promise: a load of 16 bytes at an odd address is a fault on a GPU."""
+    module = import_module("fastmim_kernels.ema_update")
+    flat = torch.zeros(64, device=device)
+    assert flat.data_ptr() % 16 == 0
+    for teacher, student in ((0, 0), (4, 8), (0, 1), (1, 0), (2, 2)):
+        places = [module._places([flat[at : at + 16]]) for at in (teacher, student)]
+        _, _, kinds = module._table(*places, flat.device)
+        assert [kind % 2 for kind in kinds] == [teacher % 4 == 0 and student % 4 == 0]
+
+
+def test_sixteen_bits_are_rounded_once(device):
+    """The reference cannot show it, it is the same code: the student must not be rounded first."""
+    student = torch.randn(4096, generator=torch.Generator().manual_seed(0)).to(device)
+    for dtype in (BF16, FP16):
+        teacher = student.flip(0).to(dtype)
+        exact = 0.3 * teacher.double() + 0.7 * student.double()
+        ema_update([teacher], [student], 0.3)
+        half_a_digit = torch.finfo(dtype).eps / 2
+        assert ((teacher - exact).abs() <= 1.001 * half_a_digit * exact.abs() + 1e-6).all()
+
+
 def test_parameters_that_learn_and_no_tensors(device):
     teacher, student = (torch.nn.Linear(48, 5, device=device) for _ in range(2))
     expected = copies(teacher.parameters())

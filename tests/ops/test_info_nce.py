@@ -26,28 +26,6 @@ CASES = [
 CASES += [(65, 130, 2, 256)]
 
 
-@pytest.fixture(autouse=True)
-def interpreter_multiplies_bf16(monkeypatch):
-    """Triton's interpreter (3.6, 3.7) hands tl.dot the bits of bf16 as integers: here, their values."""
-    if torch.cuda.is_available():
-        return
-    import numpy as np
-    from triton.language import bfloat16, float32
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    real = InterpreterBuilder.create_dot
-
-    def widened(x):
-        if x.dtype != bfloat16 or x.data.dtype != np.uint16:
-            return x
-        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), float32)
-
-    def create_dot(self, a, b, *others):
-        return real(self, widened(a), widened(b), *others)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
-
-
 def make_inputs(B, G, N, D, dtype, device):
     """Queries that lie near their keys, so that the positive of some rows is nearly all of the softmax."""
     rng = torch.Generator().manual_seed(0)
@@ -135,6 +113,19 @@ def test_rows_of_zeros_and_rows_of_any_size(form, device):
     for a, o in zip(ours[2:], oracle[2:], strict=True):
         for row, expected in zip(a, o.float(), strict=True):  # each beside its own size
             torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+def test_a_key_of_zeros_leaves_the_others_their_weight(device):
+    """In fp16 weights of 1e-12 would be none; it has no direction, and its own weight is exp(0)."""
+    q, k, dloss, _ = make_inputs(4, 6, 2, 16, FP16, device)
+    k[5] = 0
+    settings = 0.2, 1, True
+    oracle = definition(q, k, dloss, torch.float64, *settings)
+    naive = definition(q, k, dloss, FP32, *settings)
+    for name, a, o, n in zip(
+        ("loss", "lse", "dq"), triton_form(q, k, dloss, *settings), oracle, naive, strict=False
+    ):
+        assert_no_worse(name, a, o, n.to(a.dtype))
 
 
 def test_half_precision_keeps_tiny_gradients_and_large_rows(device):

@@ -127,8 +127,9 @@ def test_nothing_to_score(device):
         assert norm_pix_loss_image(pred[none], *few, *norm).shape == index[none].shape
 
 
-def test_op_is_registered_right(device):
-    pred, image, index, norm, dloss = make_inputs(2, 8, 12, 3, 4, 2, BYTES, FP32, device)
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_op_is_registered_right(dtype, device):
+    pred, image, index, norm, dloss = make_inputs(2, 8, 12, 3, 4, 2, BYTES, dtype, device)
     options = image, index, *norm, True, 1e-6
     torch.library.opcheck(torch.ops.fastmim.norm_pix_loss_image_backward.default, (dloss, pred, *options))
     torch.library.opcheck(torch.ops.fastmim.norm_pix_loss_image.default, (pred.requires_grad_(), *options))

@@ -1,0 +1,212 @@
+"""Planted faults of norm_pix_loss and norm_pix_loss_image: each must turn a test red (`make mutants`)."""
+
+TESTS = [
+    "tests/ops/test_norm_pix_loss.py",
+    "tests/ops/test_norm_pix_loss_image.py",
+    "tests/ops/test_addresses.py",
+]
+ROWS = "kernels/fastmim_kernels/norm_pix_loss.py"
+IMAGE = "kernels/fastmim_kernels/norm_pix_loss_image.py"
+FAULTS = [
+    # what both kernels share
+    (
+        ROWS,
+        "D * rest * rest) / (D - 1)",
+        "D * rest * rest) / D",
+        "the variance is biased",
+        "matches_definition",
+    ),
+    (
+        ROWS,
+        "centred = tl.where(exist, t - tl.sum(t, axis=1)[:, None] / D, 0.0)",
+        "centred = t - tl.sum(t, axis=1)[:, None] / D",
+        "columns past the end count in the variance",
+        "matches_definition",
+    ),
+    (
+        ROWS,
+        "centred = tl.where(exist, centred - rest[:, None], 0.0)",
+        "centred = tl.where(exist, centred, 0.0)",
+        "the rounding of the mean stays in a flat patch",
+        "matches_definition",
+    ),
+    (
+        ROWS,
+        "centred / tl.sqrt(var + eps)[:, None]",
+        "centred / (tl.sqrt(var) + eps)[:, None]",
+        "eps is added to the deviation",
+        "matches_definition",
+    ),
+    # norm_pix_loss: Triton
+    (
+        ROWS,
+        "target_ptr + rows[:, None] * target_stride",
+        "target_ptr + rows[:, None] * pred_stride",
+        "the target is read with the stride of the prediction",
+        "test_norm_pix_loss and strided",
+    ),
+    (
+        ROWS,
+        "tl.sum(r * r, axis=1) / D, mask=rows < M)",
+        "tl.sum(r * r, axis=1), mask=rows < M)",
+        "the loss is a sum and no mean",
+        "test_norm_pix_loss and matches_definition",
+    ),
+    (
+        ROWS,
+        "(tl.load(dloss_ptr + rows, mask=rows < M, other=0.0) * 2.0 / D)",
+        "(tl.load(dloss_ptr + rows, mask=rows < M, other=0.0) / D)",
+        "the gradient lacks its factor of two",
+        "test_norm_pix_loss and matches_definition",
+    ),
+    (
+        ROWS,
+        "(-dp).to(dtarget_ptr.dtype.element_ty)",
+        "dp.to(dtarget_ptr.dtype.element_ty)",
+        "the target learns in the wrong direction",
+        "test_norm_pix_loss and matches_definition",
+    ),
+    (
+        ROWS,
+        "    at = rows[:, None] * D + cols[None, :]\n",
+        "    at = rows[:, None] * pred_stride + cols[None, :]\n",
+        "the gradient is written with the stride of the prediction",
+        "test_norm_pix_loss and strided",
+    ),
+    (
+        ROWS,
+        "rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # rows * D",
+        "rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # rows * D",
+        "addresses of 32 bits",
+        "test_addresses",
+    ),
+    # its launchers, CPU form, registration and checks
+    (
+        ROWS,
+        "        dloss.contiguous(), pred, target, dpred",
+        "        dloss, pred, target, dpred",
+        "a gradient with gaps is read as if it had none",
+        "test_norm_pix_loss and strided",
+    ),
+    (
+        ROWS,
+        "NEED_PRED=needs[0], NEED_TARGET=needs[1]",
+        "NEED_PRED=needs[1], NEED_TARGET=needs[0]",
+        "the gradients that are asked for are exchanged",
+        "test_norm_pix_loss and (teaches or matches_definition)",
+    ),
+    (
+        ROWS,
+        "dtarget = (-dp).to(target.dtype) if need_target",
+        "dtarget = dp.to(target.dtype) if need_target",
+        "on the CPU the target learns in the wrong direction",
+        "test_norm_pix_loss and (teaches or public)",
+    ),
+    (
+        ROWS,
+        "return pred.new_empty(pred.shape[0], dtype=torch.float32)",
+        "return pred.new_empty(pred.shape, dtype=torch.float32)",
+        "the fake's loss has a value for each pixel",
+        "test_norm_pix_loss and registered",
+    ),
+    (
+        ROWS,
+        "return dpred, dtarget, None, None",
+        "return dtarget, dpred, None, None",
+        "each input gets the other one's gradient",
+        "test_norm_pix_loss and (teaches or public)",
+    ),
+    (
+        ROWS,
+        "if normalize and target_MD.requires_grad and torch.is_grad_enabled():",
+        "if normalize and target_MD.requires_grad:",
+        "a learning target is refused where nobody asks for a gradient",
+        "test_norm_pix_loss and rejects",
+    ),
+    # norm_pix_loss_image: Triton
+    (
+        IMAGE,
+        "(rows // L).to(tl.int64) * pred_stride_b + (rows % L).to(tl.int64) * pred_stride_l",
+        "rows.to(tl.int64) * pred_stride_l",
+        "predictions with the class token cut off are read as if they followed one another",
+        "test_norm_pix_loss_image and strides",
+    ),
+    (
+        IMAGE,
+        "pred_row = (rows // L).to(tl.int64) * pred_stride_b",
+        "pred_row = (rows // L) * pred_stride_b",
+        "addresses of 32 bits",
+        "test_addresses",
+    ),
+    (
+        IMAGE,
+        "    t = tl.where(exist, t, 0.0)  # past the end the shift alone would remain\n",
+        "",
+        "columns past the end hold the shift",
+        "test_norm_pix_loss_image and matches_definition",
+    ),
+    (
+        IMAGE,
+        "tl.sum(r * r, axis=1) / (PATCH * PATCH * C), mask",
+        "tl.sum(r * r, axis=1) / (PATCH * PATCH), mask",
+        "the mean forgets the channels",
+        "test_norm_pix_loss_image and matches_definition",
+    ),
+    (
+        IMAGE,
+        "other=0.0) * 2.0 / P)[:, None]",
+        "other=0.0) * 2.0)[:, None]",
+        "the gradient is not divided by the number of values",
+        "test_norm_pix_loss_image and matches_definition",
+    ),
+    (
+        IMAGE,
+        "out = dpred_ptr + rows.to(tl.int64)[:, None] * P + cols[None, :]",
+        "out = dpred_ptr + rows.to(tl.int64)[:, None] * pred_stride_l + cols[None, :]",
+        "the gradient is written with the stride of the prediction",
+        "test_norm_pix_loss_image and strides",
+    ),
+    # its launchers, CPU form and registration
+    (
+        IMAGE,
+        'grid = (triton.cdiv(dloss.numel(), arguments["ROWS"]),)',
+        'grid = (dloss.numel() // arguments["ROWS"],)',
+        "the last patches get no gradient",
+        "test_norm_pix_loss_image and matches_definition",
+    ),
+    (
+        IMAGE,
+        "_backward_kernel[grid](dloss.contiguous(), pred",
+        "_backward_kernel[grid](dloss, pred",
+        "a gradient of other strides is read as contiguous",
+        "test_norm_pix_loss_image and strides",
+    ),
+    (
+        IMAGE,
+        "return (r * (dloss[..., None] * (2.0 / pred.shape[2]))).to(pred.dtype)",
+        "return (r * (dloss[..., None] * (2.0 / pred.shape[1]))).to(pred.dtype)",
+        "on the CPU the gradient is divided by the number of patches",
+        "test_norm_pix_loss_image and public",
+    ),
+    (
+        IMAGE,
+        "return pred.new_empty(pred.shape[:2], dtype=torch.float32)",
+        "return pred.new_empty(pred.shape[:2])",
+        "the fake's loss is in the dtype of the prediction",
+        "test_norm_pix_loss_image and registered",
+    ),
+    (
+        IMAGE,
+        "if image_BHWC.requires_grad and torch.is_grad_enabled():",
+        "if image_BHWC.requires_grad and not torch.is_grad_enabled():",
+        "an image that wants a gradient gets none, in silence",
+        "test_norm_pix_loss_image and rejects",
+    ),
+    (
+        IMAGE,
+        "if pred_BLP.shape != (*index_BL.shape, P):",
+        "if pred_BLP.shape[2] != P:",
+        "predictions of other patches than the index names pass",
+        "test_norm_pix_loss_image and rejects",
+    ),
+]
