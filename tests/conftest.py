@@ -1,6 +1,9 @@
 """No GPU? Then the Triton kernels run in Triton's interpreter, on the CPU, in the same tests."""
 
+import importlib
 import os
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as fastmim/train.py; read when torch starts OpenMP
@@ -17,6 +20,21 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 @pytest.fixture
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session")
+def torchvision_loads() -> Iterator[None]:
+    """timm and transformers import torchvision, which lacks two ops of its own beside a CPU torch."""
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    if find_spec("torchvision") is not None:
+        try:
+            importlib.import_module("torchvision")
+        except RuntimeError:  # "operator torchvision::nms does not exist"
+            for name in ("nms", "qnms"):
+                library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            importlib.import_module("torchvision")
+    yield
+    library._destroy()
 
 
 @pytest.fixture(autouse=True)

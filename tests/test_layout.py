@@ -1,7 +1,10 @@
 """The repository keeps its shape: no name that hides another package, arrows one way, formatting."""
 
+import os
+import re
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -41,7 +44,27 @@ def test_the_kernels_need_nothing_but_torch_and_triton():
     code = "import sys, fastmim_kernels; print(*sorted({m.split('.')[0] for m in sys.modules}))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {"fastmim", "deepspeed", "xformers", "nvidia", "PIL", "tyro", "safetensors", "tensorboard"}
+    heavy |= {"timm", "transformers", "torchvision"}
     assert set(run.stdout.split()) & heavy == set()
+
+
+def test_the_base_needs_torch_and_triton_only():
+    """`pip install .` inside another codebase; the engine's needs are an extra."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert [re.split(r"[^a-z]", need)[0] for need in project["dependencies"]] == ["torch", "triton"]
+    code = (
+        "import sys\nfor name in ('numpy', 'timm', 'transformers', 'torchvision'): sys.modules[name] = None\n"
+        "import torch, fastmim_kernels as k\n"
+        "rows = torch.ones(2, 4, requires_grad=True)\n"
+        "k.norm_pix_loss(rows, torch.rand(2, 4)).sum().backward()\n"
+        "k.split_patches(k.sample_keys(0, 0, torch.arange(2)), 4, 1)\n"
+        "try: k.apply(torch.nn.Linear(2, 2))\nexcept ValueError as error: print(error)"
+    )
+    environment = {
+        name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"
+    }  # needs numpy
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0 and run.stdout.startswith("nothing to patch"), run.stdout + run.stderr
 
 
 def test_help_imports_no_engine():

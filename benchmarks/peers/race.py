@@ -2,7 +2,8 @@
 
 The peer is built with the weights of our method and shown the same patches of the same images: its loss must
 then be ours, in fp32 on the CPU and in the precision of the race on the device. Only then is it timed, as its
-users train it: fp32 weights under autocast, torch's fused AdamW, its own random masks; eager and compiled.
+users train it: fp32 weights under autocast, torch's fused AdamW, its own random masks; eager and compiled,
+and with `--apply` both again with the ops that `fastmim_kernels.apply` puts in, checked in the same way.
 """
 
 import argparse
@@ -11,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from fastmim_kernels import split_patches
+from fastmim_kernels import apply, split_patches
 from torch import Tensor, nn
 
 from benchmarks.engines import (
@@ -110,6 +111,7 @@ def main(
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="compiled, too"
     )
+    parser.add_argument("--apply", action="store_true", help="patched by fastmim_kernels, too")
     a = parser.parse_args(command)
     if not module_exists(package):
         print(f"skipped: {package} is not installed")
@@ -120,13 +122,18 @@ def main(
     assert isinstance(config, MAEConfig)
     method = config.build(model)
     small = synthetic(method, model.channels, CHECK_IMAGES, "cpu")
-    errors = {f"{name} eager": check_peer(Peer(build(method), model), method, small, a.precision)}
+    errors: dict[str, float] = {}
     contestants: dict[str, Engine] = {}
-    for mode in ("eager", "compiled") if a.compile else ("eager",):
-        peer = Peer(build(method), model)
-        if mode == "compiled":
-            peer.compile(dynamic=False)
-        contestants[f"{name} {mode}"] = AutocastEngine(peer, a.precision, OptimConfig())
+    for variant in (name, f"{name} patched") if a.apply else (name,):
+        for mode in ("eager", "compiled") if a.compile else ("eager",):
+            peer = Peer(build(method), model)
+            if variant != name:
+                apply(peer)
+            if mode == "eager":
+                errors[f"{variant} eager"] = check_peer(peer, method, small, a.precision)
+            else:
+                peer.compile(dynamic=False)
+            contestants[f"{variant} {mode}"] = AutocastEngine(peer, a.precision, OptimConfig())
     own_error = check_method(method, small, a.precision)["loss_error"]
     ours = make_engine(method, config, model, a)
     contestants[ours.name] = ours
@@ -142,7 +149,8 @@ def main(
         row = head | {"provider": provider, "loss_error": errors.get(provider)} | figures
         row |= {"tflop_per_s": tflop_per_s} | fractions(tflop_per_s, a.precision)
         if provider != ours.name:
-            row |= {"attention": "the peer's own", "kernels": "the peer's own"}
+            kernels = "fastmim_kernels.apply" if " patched " in provider else "the peer's own"
+            row |= {"attention": "the peer's own", "kernels": kernels}
         append(a.results / "peers.jsonl", row | env)
         print(sentence(row), flush=True)
     return 0

@@ -1,8 +1,8 @@
 """ViTMAEForPreTraining of transformers: `python -m benchmarks.peers.transformers_vitmae`.
 
-Made from a configuration, so that nothing is downloaded; the weights are those of our method.
-Not run yet where transformers is installed. The names are those of its 4.x releases; one that calls a weight
-otherwise is refused when they are loaded, and is then not timed.
+Made from a configuration, so that nothing is downloaded; the weights are those of our method. Their names are
+those of 5.23, or of 4.x where the model nests its layers as that did; one that calls a weight otherwise is
+refused when they are loaded, and is then not timed. `--apply` races it with the ops of fastmim_kernels, too.
 """
 
 import sys
@@ -13,12 +13,22 @@ from torch import Tensor, nn
 from benchmarks.peers.race import main
 from fastmim.methods.mae import MAE
 
+NORMS = {"norm1": "layernorm_before", "norm2": "layernorm_after"}
 LAYER = {  # of a block: theirs by ours
-    "norm1": "layernorm_before",
-    "norm2": "layernorm_after",
+    **NORMS,
+    "attn.proj": "attention.o_proj",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+    "layers": "vit.layers",
+    "qkv": "attention.{}_proj",
+}
+EARLIER_LAYER = {  # of 4.x
+    **NORMS,
     "attn.proj": "attention.output.dense",
     "mlp.fc1": "intermediate.dense",
     "mlp.fc2": "output.dense",
+    "layers": "vit.encoder.layer",
+    "qkv": "attention.attention.{}",
 }
 WHOLE = {
     "encoder.cls_token": "vit.embeddings.cls_token",
@@ -28,7 +38,7 @@ WHOLE = {
 }
 
 
-def renamed(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+def renamed(name: str, tensor: Tensor, names: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
     """One of our weights under the names it has there; the fused qkv becomes three."""
     stem, _, kind = name.rpartition(".")
     if name in WHOLE or stem in WHOLE:
@@ -38,12 +48,13 @@ def renamed(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield name, tensor
         return
     part, _, number, *inner = stem.split(".")
-    layer = f"vit.encoder.layer.{number}" if part == "encoder" else f"decoder.decoder_layers.{number}"
+    layer = f"{names['layers']}.{number}" if part == "encoder" else f"decoder.decoder_layers.{number}"
     if ".".join(inner) == "attn.qkv":
-        for which, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-            yield f"{layer}.attention.attention.{which}.{kind}", third
+        which = ("q", "k", "v") if names is LAYER else ("query", "key", "value")
+        for one, third in zip(which, tensor.chunk(3), strict=True):
+            yield f"{layer}.{names['qkv'].format(one)}.{kind}", third
     else:
-        yield f"{layer}.{LAYER['.'.join(inner)]}.{kind}", tensor
+        yield f"{layer}.{names['.'.join(inner)]}.{kind}", tensor
 
 
 class LossOf(nn.Module):
@@ -84,8 +95,9 @@ def build(method: MAE) -> LossOf:
             norm_pix_loss=method.config.norm_pix,
         )
     )
+    names = EARLIER_LAYER if hasattr(net.vit, "encoder") else LAYER
     state = method.state_dict()
-    net.load_state_dict(dict(pair for name, tensor in state.items() for pair in renamed(name, tensor)))
+    net.load_state_dict(dict(pair for name, tensor in state.items() for pair in renamed(name, tensor, names)))
     return LossOf(net)
 
 

@@ -14,6 +14,7 @@ from fastmim_kernels.gather_tokens import gather_tokens
 from fastmim_kernels.info_nce import info_nce
 from fastmim_kernels.norm_pix_loss import norm_pix_loss
 from fastmim_kernels.norm_pix_loss_image import norm_pix_loss_image
+from fastmim_kernels.patch import apply, revert
 from fastmim_kernels.philox import draw_uint32, draw_uniform, sample_keys
 from fastmim_kernels.resized_crop import resized_crop
 from fastmim_kernels.restore_tokens import restore_tokens
@@ -27,6 +28,7 @@ from fastmim_kernels.split_patches import (
 
 __all__ = [
     "add_layer_norm",
+    "apply",
     "attention",
     "bias_gelu",
     "block_mask",
@@ -44,6 +46,7 @@ __all__ = [
     "num_seen",
     "resized_crop",
     "restore_tokens",
+    "revert",
     "sample_keys",
     "set_debug",
     "split_mask",

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import fastmim_kernels
 import pytest
 import torch
 
@@ -80,10 +81,10 @@ def test_an_absent_peer_is_skipped_by_name(capsys):
     assert "skipped: no_such_package is not installed" in capsys.readouterr().out
 
 
-def test_every_weight_has_its_own_name_in_transformers():
-    """Against the names of its 4.x releases, written out; the package itself may be absent."""
-    state = method().state_dict()
-    pairs = [pair for name, tensor in state.items() for pair in transformers_vitmae.renamed(name, tensor)]
+def test_every_weight_has_its_own_name_in_earlier_transformers():
+    """Against the names of its 4.x releases, written out; those installed are checked by loading."""
+    state, names_of = method().state_dict(), transformers_vitmae.EARLIER_LAYER
+    pairs = [pair for name, x in state.items() for pair in transformers_vitmae.renamed(name, x, names_of)]
     names = [name for name, _ in pairs]
     block = [
         f"{part}.{kind}"
@@ -123,17 +124,34 @@ def test_an_autocast_engine_learns():
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
 
 
-def test_transformers_where_it_is_installed():
-    pytest.importorskip("transformers")
+def square():
+    """Our method and a batch of square images: transformers' ViTMAE takes no others."""
     torch.manual_seed(0)
     ours = MAEConfig(decoder=DECODER).build(replace(MODEL, image_size=16))
     image = torch.randint(0, 256, (3, 16, 16, 3), dtype=torch.uint8)
-    batch = make_batch(3)
-    batch = replace(batch, views=(image,))
-    check_peer(Peer(transformers_vitmae.build(ours), ours.model), ours, batch, "fp32")
+    return ours, replace(make_batch(3), views=(image,))
 
 
-def test_timm_where_it_is_installed():
-    pytest.importorskip("timm")
-    ours = method()
-    check_peer(Peer(timm_mae.build(ours), MODEL), ours, make_batch(), "fp32")
+@pytest.mark.parametrize("patched", [False, True], ids=["as it is", "patched"])
+@pytest.mark.parametrize("package", ["transformers", "timm"])
+def test_where_it_is_installed(package, patched, torchvision_loads):
+    pytest.importorskip(package)
+    ours, batch = square() if package == "transformers" else (method(), make_batch())
+    peer = Peer((transformers_vitmae if package == "transformers" else timm_mae).build(ours), ours.model)
+    if patched:
+        fastmim_kernels.apply(peer)
+    check_peer(peer, ours, batch, "fp32")
+
+
+def test_a_patched_peer_is_raced_against_itself(tmp_path, torchvision_loads):
+    pytest.importorskip("transformers")
+    arguments = (
+        "--model vit_tiny --image-size 32 --patch 8 --decoder-size 32 1 2 --batch 16 --warmup 1 --apply"
+    )
+    arguments += f" --steps 8 --engine plain --precision fp32 --no-compile --results {tmp_path}"
+    build = transformers_vitmae.build
+    assert race.main("transformers", "transformers", build, arguments.split()) == 0
+    rows = [json.loads(line) for line in (tmp_path / "peers.jsonl").read_text().splitlines()]
+    assert [row["provider"] for row in rows] == ["transformers eager", "transformers patched eager", "plain"]
+    assert [row["kernels"] for row in rows[:2]] == ["the peer's own", "fastmim_kernels.apply"]
+    assert all(row["loss_error"] <= 1e-4 for row in rows)
