@@ -79,7 +79,7 @@ class Runner:
         for name in filter(None, names.split("\0")):
             if (ROOT / name).exists():  # not deleted and still in the index
                 (tree / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / name, tree / name)
+                shutil.copy2(ROOT / name, tree / name, follow_symlinks=False)
         return tree
 
     def run(self, tree: Path, arguments: Sequence[str], limit_s: float | None) -> tuple[int | None, str]:

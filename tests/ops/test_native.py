@@ -242,10 +242,12 @@ def test_the_public_ops_go_through_it(monkeypatch):
         for distance in DISTANCES:
             p = rand(2, 3, 48).requires_grad_()
             yield torch.autograd.grad(
-                norm_pix_loss_image(p, image, index, 4, MEAN, STD, distance=distance).sum(), p
+                norm_pix_loss_image(p, image, index, 4, MEAN, STD, distance=distance, beta=0.3).sum(), p
             )[0]
             p = rand(6, 48).requires_grad_()
-            yield torch.autograd.grad(norm_pix_loss(p, rand(6, 48, seed=1), distance=distance).sum(), p)[0]
+            yield torch.autograd.grad(
+                norm_pix_loss(p, rand(6, 48, seed=1), distance=distance, beta=0.3).sum(), p
+            )[0]
         leaves = [x.requires_grad_() for x in (rand(4, 8), rand(8, seed=1), rand(3, 8, seed=2))]
         out = restore_tokens(leaves[0], source, *leaves[1:])
         yield from torch.autograd.grad(out.square().sum(), leaves)
