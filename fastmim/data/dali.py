@@ -1,11 +1,10 @@
 """The decoding graph of DALI, one for CPU and GPU; nothing else in fastmim knows DALI.
 
-    encoded bytes -> decode the box -> resize, bicubic or bilinear, antialiased -> flip -> uint8 HWC
+    encoded bytes -> decode the box -> uint8 HWC; then, outside of it, `decoder.cut_views`
 
-No draw happens in DALI: boxes and flips are inputs, so the graph has no state and restarts anywhere.
-EXIF orientation is ignored, as torchvision's and Pillow's pipelines do. Against Pillow the pixels differ by
-rounding, and on the outermost row and column, where DALI's filter repeats the edge and Pillow's leaves it
-out: 0.18 levels of 255 and 55.5 dB on ImageNet at 224 pixels. A file that cannot be decoded kills
+DALI decodes and does no more: its bicubic resize takes longer than the decoding, and repeats the edge where
+Pillow's stays inside. No draw happens in it: boxes are inputs, so it has no state and restarts anywhere.
+EXIF orientation is ignored, as torchvision's and Pillow's pipelines do. A file that cannot be decoded kills
 the pipeline; it is then found by decoding one at a time, and a new pipeline is built.
 """
 
@@ -23,18 +22,17 @@ from PIL import Image
 from torch import Tensor
 
 from fastmim.data.crop import crops_of
-from fastmim.data.decoder import Rejected, Request
+from fastmim.data.decoder import Rejected, Request, cut_views
 from fastmim.data.header import FORMATS
 from fastmim.views import View
 
-INTERPOLATION = {"bicubic": types.DALIInterpType.INTERP_CUBIC, "bilinear": types.DALIInterpType.INTERP_LINEAR}
 COLOUR = {3: types.DALIImageType.RGB, 1: types.DALIImageType.GRAY}
 
 
 def build_pipeline(
     views: Sequence[View], *, batch: int, channels: int, threads: int, depth: int, device: torch.device
 ) -> Pipeline:
-    """Inputs `bytes` and, for each crop, `start`, `shape` and `flip` with its number; outputs are `views`."""
+    """Input `bytes`, output the whole images; with one crop also `start` and `shape`, output its boxes."""
     on_gpu = device.type == "cuda"
     device_id = (torch.cuda.current_device() if device.index is None else device.index) if on_gpu else None
     decoding: dict[str, Any] = {
@@ -43,7 +41,6 @@ def build_pipeline(
         "adjust_orientation": False,
         "jpeg_fancy_upsampling": True,  # chroma as on the CPU; nvJPEG's default repeats it
     }
-    crops = crops_of(views)
     pipe = Pipeline(
         batch_size=batch,
         num_threads=threads,
@@ -53,28 +50,13 @@ def build_pipeline(
     )
     with pipe:
         data = fn.external_source(name="bytes", dtype=types.DALIDataType.UINT8, ndim=1)
-        # many crops of one image: decode it once and cut, which gives the same pixels
-        whole = fn.decoders.image(data, **decoding) if len(crops) > 1 else None
-        boxes: dict[int, Any] = {}
-        flips: dict[int, Any] = {}
-        for crop in crops:
-            start = fn.external_source(name=f"start{crop}", dtype=types.DALIDataType.INT32, ndim=1)
-            shape = fn.external_source(name=f"shape{crop}", dtype=types.DALIDataType.INT32, ndim=1)
+        if len(crops_of(views)) > 1:  # decoded once and cut many times
+            pipe.set_outputs(fn.decoders.image(data, **decoding))
+        else:
+            start = fn.external_source(name="start", dtype=types.DALIDataType.INT32, ndim=1)
+            shape = fn.external_source(name="shape", dtype=types.DALIDataType.INT32, ndim=1)
             cut: dict[str, Any] = {"start": start, "shape": shape, "axes": [0, 1]}
-            boxes[crop] = (
-                fn.slice(whole, **cut)
-                if whole is not None
-                else fn.decoders.image_slice(data, **cut, **decoding)
-            )
-            flips[crop] = fn.external_source(name=f"flip{crop}", dtype=types.DALIDataType.INT32, ndim=0)
-        outputs = []
-        for view in views:
-            interpolation = INTERPOLATION[view.interpolation]
-            image: Any = fn.resize(
-                boxes[view.crop], size=view.size, interp_type=interpolation, antialias=True
-            )
-            outputs.append(fn.flip(image, horizontal=flips[view.crop]))
-        pipe.set_outputs(*outputs)
+            pipe.set_outputs(fn.decoders.image_slice(data, **cut, **decoding))
     pipe.build()
     return pipe
 
@@ -92,7 +74,7 @@ class DaliDecoder:
         depth: int,
         device: torch.device,
     ):
-        self._batch, self._depth, self._device = batch, depth, device
+        self._views, self._batch, self._depth, self._device = views, batch, depth, device
         self._build = partial(build_pipeline, views, channels=channels, threads=threads, device=device)
         self._requests: deque[Request] = deque()
         self._restart()
@@ -112,7 +94,7 @@ class DaliDecoder:
     def result(self) -> tuple[Tensor, ...]:
         assert len(self._requests) == self._depth, "result() needs a full queue"
         try:
-            outputs = _outputs(self._pipe, self._device)
+            outputs = _views(self._pipe, self._views, self._requests[0], self._device)
         except RuntimeError as error:
             slots = self._find_rejected(self._requests[0], str(error))
             self._restart()
@@ -136,10 +118,11 @@ class DaliDecoder:
         boxes = {crop: boxes[one] for crop, boxes in request.boxes.items()}
         flips = {crop: flips[one] for crop, flips in request.flips.items()}
         pipe = self._build(batch=1, depth=1)
+        alone = Request(request.data[one], boxes, flips)
         try:
-            _feed(pipe, Request(request.data[one], boxes, flips))
+            _feed(pipe, alone)
             pipe.schedule_run()
-            _outputs(pipe, self._device)
+            _views(pipe, self._views, alone, self._device)
         except RuntimeError:
             return True
         return False
@@ -152,20 +135,32 @@ class DaliDecoder:
 def _feed(pipe: Pipeline, request: Request) -> None:
     # DALI copies: what is fed may be forgotten
     pipe.feed_input("bytes", [np.frombuffer(data, np.uint8) for data in request.data])
-    for crop, boxes in request.boxes.items():
-        pipe.feed_input(f"start{crop}", np.ascontiguousarray(boxes[:, :2]))
-        pipe.feed_input(f"shape{crop}", np.ascontiguousarray(boxes[:, 2:]))
-        pipe.feed_input(f"flip{crop}", request.flips[crop].astype(np.int32))
+    if len(request.boxes) == 1:
+        (boxes,) = request.boxes.values()
+        pipe.feed_input("start", np.ascontiguousarray(boxes[:, :2]))
+        pipe.feed_input("shape", np.ascontiguousarray(boxes[:, 2:]))
 
 
-def _outputs(pipe: Pipeline, device: torch.device) -> tuple[Tensor, ...]:
-    """Outputs of the oldest run; on a GPU in the order of the current stream, without waiting for it."""
+def _views(
+    pipe: Pipeline, views: Sequence[View], request: Request, device: torch.device
+) -> tuple[Tensor, ...]:
+    """Views of the oldest run; on a GPU in the order of the current stream, without waiting for it."""
     if device.type == "cpu":
-        return tuple(torch.from_dlpack(batch.as_tensor()) for batch in pipe.outputs())
-    with torch.cuda.device(device):
-        stream = torch.cuda.current_stream()
-        # a copy: memory of torch's allocator obeys record_stream, and DALI's pool gets its own back at once
-        return tuple(torch.from_dlpack(batch.as_tensor()).clone() for batch in pipe.outputs(stream))
+        (decoded,) = pipe.outputs()
+        images = [torch.from_numpy(np.asarray(image)) for image in decoded]
+    else:
+        with torch.cuda.device(device):
+            # bound to the stream that reads them: DALI's pool gets them back behind that
+            (decoded,) = pipe.outputs(torch.cuda.current_stream())
+        images = [torch.from_dlpack(image) for image in decoded]
+    boxes = request.boxes
+    if len(boxes) == 1:  # what was decoded is the box
+        boxes = {crop: _from_the_corner(cut) for crop, cut in boxes.items()}
+    return cut_views(views, images, boxes, request.flips)
+
+
+def _from_the_corner(boxes: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros_like(boxes[:, :2]), boxes[:, 2:]], axis=1)
 
 
 def _reason(data: bytes) -> str:

@@ -1,15 +1,17 @@
 """The contract of the decoders: requests go in, micro-batches of views come out in the same order.
 
 A decoder holds up to `depth` requests and works on them while the caller does something else. It decides
-nothing: boxes and flips come with the request.
+nothing: boxes and flips come with the request. What it decodes is cut, resized and flipped by one op whatever
+the decoder, `resized_crop`: the pixels of a view depend on it only as far as two JPEG decoders differ.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
 import torch
+from fastmim_kernels import resized_crop
 from torch import Tensor
 
 from fastmim.views import View
@@ -46,6 +48,25 @@ class Decoder(Protocol):
 
     def close(self) -> None:
         """Give up threads and memory."""
+
+
+def cut_views(
+    views: Sequence[View],
+    images: Sequence[Tensor],
+    boxes: Mapping[int, np.ndarray],
+    flips: Mapping[int, np.ndarray],
+) -> tuple[Tensor, ...]:
+    """Views uint8 `[B, H, W, C]` of decoded images `[H_b, W_b, C]`; boxes and flips as in `Request`."""
+    return tuple(
+        resized_crop(
+            images,
+            torch.from_numpy(boxes[view.crop].astype(np.int64)),
+            view.size,
+            flips_B=torch.from_numpy(flips[view.crop]),
+            filter=view.interpolation,
+        )
+        for view in views
+    )
 
 
 def make_decoder(

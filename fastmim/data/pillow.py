@@ -1,10 +1,10 @@
 """The decoder for machines without DALI, chosen by name: Pillow in a pool of threads.
 
-    encoded bytes -> decode whole -> RGB or grey -> crop -> resize, bicubic or bilinear -> flip -> uint8 HWC
+    encoded bytes -> decode whole -> RGB or grey; then, outside of it, `decoder.cut_views`
 
-It is the pipeline of torchvision's ImageFolder, RandomResizedCrop and RandomHorizontalFlip, and what the
-graph of DALI is compared with. `Image.draft`, which decodes JPEGs at a fraction of their size, is not used:
-it is another filter.
+With the crop, resize and flip of that it is the pipeline of torchvision's ImageFolder, RandomResizedCrop and
+RandomHorizontalFlip, and what the graph of DALI is compared with. `Image.draft`, which decodes JPEGs at a
+fraction of their size, is not used: it is another filter.
 """
 
 from collections import deque
@@ -17,16 +17,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastmim.data.decoder import Rejected, Request
+from fastmim.data.decoder import Rejected, Request, cut_views
 from fastmim.data.header import FORMATS
 from fastmim.views import View
 
-INTERPOLATION = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 MODE = {3: "RGB", 1: "L"}
 
 
 class PillowDecoder:
-    """`decoder.Decoder` on `threads` threads; each writes its images into the tensors of the batch."""
+    """`decoder.Decoder` on `threads` threads, an image each at a time."""
 
     def __init__(
         self,
@@ -38,22 +37,18 @@ class PillowDecoder:
         depth: int,
         device: torch.device,
     ):
-        self._views, self._batch, self._channels = views, batch, channels
+        self._views, self._channels = views, channels
         self._depth, self._device = depth, device
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="pillow")
-        self._working: deque[tuple[tuple[Tensor, ...], list[Future[None]]]] = deque()
+        self._working: deque[tuple[Request, list[Future[Tensor]]]] = deque()
 
     def submit(self, request: Request) -> None:
-        shapes = ((self._batch, *view.size, self._channels) for view in self._views)
-        pinned = self._device.type == "cuda"
-        out = tuple(torch.empty(shape, dtype=torch.uint8, pin_memory=pinned) for shape in shapes)
-        arrays = [tensor.numpy() for tensor in out]
-        tasks = [self._pool.submit(self._decode, request, arrays, slot) for slot in range(self._batch)]
-        self._working.append((out, tasks))
+        tasks = [self._pool.submit(self._decode, data) for data in request.data]
+        self._working.append((request, tasks))
 
     def result(self) -> tuple[Tensor, ...]:
         assert len(self._working) == self._depth, "result() needs a full queue"
-        out, tasks = self._working[0]
+        request, tasks = self._working[0]
         errors = {slot: error for slot, task in enumerate(tasks) if (error := task.exception())}
         if errors:
             self._forget()
@@ -61,18 +56,16 @@ class PillowDecoder:
                 {slot: f"Pillow: {type(error).__name__}: {error}" for slot, error in errors.items()}
             )
         self._working.popleft()
-        return tuple(tensor.to(self._device, non_blocking=True) for tensor in out)
+        images = [task.result() for task in tasks]
+        views = cut_views(self._views, images, request.boxes, request.flips)
+        if self._device.type == "cuda":
+            return tuple(view.pin_memory().to(self._device, non_blocking=True) for view in views)
+        return views
 
-    def _decode(self, request: Request, out: list[np.ndarray], slot: int) -> None:
-        with Image.open(BytesIO(request.data[slot]), formats=FORMATS) as opened:
+    def _decode(self, data: bytes) -> Tensor:
+        with Image.open(BytesIO(data), formats=FORMATS) as opened:
             image = _as_bytes(opened).convert(MODE[self._channels])
-        for view, array in zip(self._views, out, strict=True):
-            top, left, height, width = request.boxes[view.crop][slot].tolist()
-            crop = image.crop((left, top, left + width, top + height))
-            crop = crop.resize(view.size[::-1], INTERPOLATION[view.interpolation])
-            if request.flips[view.crop][slot]:
-                crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            array[slot] = np.asarray(crop).reshape(array.shape[1:])
+        return torch.from_numpy(np.array(image).reshape(image.height, image.width, self._channels))
 
     def _forget(self) -> None:
         for _, tasks in self._working:

@@ -35,12 +35,13 @@ def decode(name, data, views, box=BOX, flip=False, channels=3):
 def plain(data, size, mode="RGB", box=BOX, resample=Image.Resampling.BICUBIC):
     top, left, height, width = box
     image = Image.open(BytesIO(data)).convert(mode).crop((left, top, left + width, top + height))
-    return torch.from_numpy(np.array(image.resize(size[::-1], resample))).reshape(*size, -1)
+    # rows, then columns, as one call did before Pillow 13; that takes the cheaper order
+    image = image.resize((size[1], height), resample).resize(size[::-1], resample)
+    return torch.from_numpy(np.array(image)).reshape(*size, -1)
 
 
 def assert_close(actual, expected, levels=0.5):
-    """Mean absolute error in levels of 255. These small crops show much border, where DALI repeats the
-    edge pixel and Pillow leaves it out."""
+    """Mean absolute error in levels of 255: decoders differ in chroma and in grey."""
     assert actual.shape == expected.shape and actual.dtype == torch.uint8
     assert (actual.float() - expected.float()).abs().mean() <= levels
 
@@ -109,8 +110,7 @@ def test_enlarging_and_tiny_images(decoder):
     assert_close(view[0], plain(data, (16, 12), box=(0, 0, 1, 1)))
     data = encode(6, size=(7, 5), fmt="PNG")
     [view] = decode(decoder, [data], [View(size=(32, 33))], box=(1, 1, 3, 4))
-    # all of it is border: 1.4 levels were measured, and 14 with the box one pixel off
-    assert_close(view[0], plain(data, (32, 33), box=(1, 1, 3, 4)), levels=2.0)
+    assert torch.equal(view[0], plain(data, (32, 33), box=(1, 1, 3, 4)))
 
 
 def test_results_come_in_order_and_stay(decoder):
@@ -150,7 +150,7 @@ def test_a_rejected_request_names_its_slots_and_leaves_the_decoder_usable(decode
 
 
 def test_parity_on_imagenet(imagenet):
-    """224 pixels, boxes and flips as in training. Measured: 0.180 levels, 55.5 dB, the worst 54.0 dB."""
+    """224 pixels, boxes and flips as in training: DALI, Pillow's decoder and nothing but Pillow give the same."""
     pytest.importorskip("nvidia.dali")
     images = find_images(imagenet)
     view, data = View(size=(224, 224)), [images.read(i) for i in range(len(images))]
@@ -164,12 +164,18 @@ def test_parity_on_imagenet(imagenet):
         decoder.submit(Request(data, {0: boxes}, {0: flips}))
         results.append(decoder.result()[0].float())
         decoder.close()
-    error = results[0] - results[1]
-    psnr_B = 10 * (255**2 / error.square().mean(dim=(1, 2, 3))).log10()
-    print(f"mean {error.abs().mean():.3f} levels, {psnr_B.mean():.1f} dB, worst {psnr_B.min():.1f} dB")
-    assert error.abs().mean() < 0.22
-    assert psnr_B.mean() > 55.0
-    assert psnr_B.min() > 52.5
+    all_pillow = torch.stack(
+        [
+            (plain(x, view.size, box=box).flip(1) if flip else plain(x, view.size, box=box)).float()
+            for x, box, flip in zip(data, boxes.tolist(), flips.tolist(), strict=True)
+        ]
+    )
+    for name, other in (("Pillow's decoder", results[1]), ("Pillow", all_pillow)):
+        error = (results[0] - other).abs()
+        print(f"DALI and {name}: mean {error.mean():.5f}, worst {error.max():.0f} of 255")
+        assert (
+            error.mean() < 0.01
+        )  # 0 was measured: both decode with libjpeg-turbo, which a release may change
 
 
 @pytest.mark.parametrize(
