@@ -150,7 +150,7 @@ def test_a_rejected_request_names_its_slots_and_leaves_the_decoder_usable(decode
 
 
 def test_parity_on_imagenet(imagenet):
-    """224 pixels, boxes and flips as in training: DALI, Pillow's decoder and nothing but Pillow give the same."""
+    """224 pixels, boxes and flips as in training: DALI, Pillow's decoder and Pillow alone give the same."""
     pytest.importorskip("nvidia.dali")
     images = find_images(imagenet)
     view, data = View(size=(224, 224)), [images.read(i) for i in range(len(images))]
