@@ -41,7 +41,7 @@ at::Tensor gather_patches_backward(const at::Tensor& dout, const at::Tensor& ind
     for (int64_t row = begin * per_image; row < end * per_image; ++row) {
       const float *dx = read(rows + row * row_bytes, patches.width), *factor = patches.scale();
       float* to = pixels + patches.corner(row);
-      for (int64_t i = 0; i < patch; ++i, dx += line, factor += line, to += step)
+      for (int64_t i = 0; i < patch; ++i, dx += line, to += step)  // every line has the same factors
         for (int64_t j = 0; j < line; ++j) to[j] += dx[j] * factor[j];
     }
   });

@@ -39,9 +39,9 @@ FAULTS = [
     ),
     (
         "csrc/gather_patches.cpp",
-        "dx += line, factor += line, to += step",
-        "dx += line, to += step",
-        "the factors of every line are those of the first",
+        "++i, dx += line, to += step",
+        "++i, to += step",
+        "every line of a patch gets the gradient of the first",
         "gather",
     ),
     (
