@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import deepspeed
 import torch
+from fastmim_kernels.attention import attention_choices, pin_attention_choices
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -216,9 +217,9 @@ def checkpoint_bytes(method: Method, run: Run, plan: Plan) -> int:
 
 
 def write_shards(engine: deepspeed.DeepSpeedEngine, folder: Path, ranks: Ranks) -> None:
-    """This rank's files: DeepSpeed's shards and the rank's own random state."""
+    """This rank's files: DeepSpeed's shards, the rank's own random state and the kernels it has chosen."""
     save_shards(engine, folder)
-    state = {"cpu": torch.get_rng_state()}
+    state: dict[str, Any] = {"cpu": torch.get_rng_state(), "attention": attention_choices()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     torch.save(state, folder / f"random-rank{ranks.rank}.pt")
@@ -231,6 +232,7 @@ def restore(engine: deepspeed.DeepSpeedEngine, found: Checkpoint, ranks: Ranks) 
         raise CheckpointError(f"DeepSpeed finds nothing to load in {found.path}")
     state = torch.load(found.path / f"random-rank{ranks.rank}.pt", weights_only=True)
     torch.set_rng_state(state["cpu"])
+    pin_attention_choices(state.get("attention", ()))  # checkpoints of older versions have none
     if torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
     if ranks.is_main:

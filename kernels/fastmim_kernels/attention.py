@@ -6,14 +6,21 @@
 two views so: segments (50, 148) of T = 198 tokens, one linear layer and one attention call for both.
 
 Backends  "xformers": memory_efficient_attention, one call with a BlockDiagonalMask over the batch.
-          "sdpa": torch's scaled_dot_product_attention, once per segment. Same numbers up to rounding.
-          "auto": xformers on CUDA in half precision where it is installed, sdpa elsewhere.
+          "sdpa": torch's scaled_dot_product_attention, once per segment.
+          "tile": our own kernels for segments of at most 256 tokens, attention_tile.py.
+          "auto": on the CPU sdpa. On CUDA those that can serve are timed, once for each kind of call, and
+          the fastest serves; `attention_choices` says which, and the milliseconds of each.
+Numbers   the backends differ by rounding only. Two ranks, or two runs, may measure differently: where the
+          bits matter name a backend, or `pin_attention_choices` to those of the run before.
+Tracing   torch.compile measures while it traces and takes the answer as a constant. A CUDA graph may not
+          be measured in: what its warm-up has not chosen is served by sdpa, and not remembered.
 Shapes    q, k, v `[B, T, H, d]`, any strides with a contiguous last dim; out `[B, T, H, d]`.
 Limits    xformers 0.0.34 to 0.0.35: the releases after them move its attention to another package.
 
 This is the only file that knows xformers.
 """
 
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
@@ -22,7 +29,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Backend = Literal["auto", "xformers", "sdpa"]
+from fastmim_kernels.attention_tile import HALF, attention_tile, why_no_tile
+from fastmim_kernels.attention_timing import (
+    HEADS,
+    Call,
+    Layout,
+    Serve,
+    attention_choices,
+    cuda_ms,
+    fastest,
+    pin_attention_choices,
+)
+
+__all__ = [
+    "Backend", "attention", "attention_choices", "attention_reference", "choose_attention",
+    "pin_attention_choices", "why_no_xformers",
+]  # fmt: skip
+
+Backend = Literal["auto", "xformers", "sdpa", "tile"]
+MEASURED_ON = "cuda"
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, segments: tuple[int, ...] | None = None) -> Tensor:
@@ -66,7 +91,14 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, segments: tuple[int, ...]) -> Ten
     return memory_efficient_attention(*packed, attn_bias=mask).view(B, T, H, d)
 
 
-# --- choice -----------------------------------------------------------------------------------------
+BACKENDS: dict[str, Serve] = {
+    "xformers": _xformers,
+    "sdpa": _sdpa,
+    "tile": attention_tile,
+}
+
+
+# --- what can serve -------------------------------------------------------------------------------------
 
 
 def _installed(package: str) -> str | None:
@@ -96,26 +128,74 @@ def why_no_xformers() -> str | None:
     return None
 
 
+def obstacles(segments: Sequence[int], width: int, dtype: torch.dtype, device: str) -> dict[str, str | None]:
+    """Every backend and what keeps it from such a call, None if nothing does."""
+    if device != "cuda":
+        xformers: str | None = f"xformers has no {device} operator"
+    elif dtype not in HALF:
+        xformers = f"xformers' fast operators want bf16 or fp16, this is {str(dtype).removeprefix('torch.')}"
+    else:
+        xformers = why_no_xformers()
+    return {"xformers": xformers, "sdpa": None, "tile": why_no_tile(segments, width, dtype, device)}
+
+
 def choose_attention(requested: Backend, device: str, dtype: torch.dtype) -> tuple[Backend, str]:
     """What `requested` means on `device` ("cuda", "cpu") in `dtype`, and why, for a person to read.
 
-    Raises ValueError where a backend asked for by name cannot serve.
+    "auto" where it is still to be measured. Raises ValueError where a backend asked for by name cannot serve.
     """
-    if requested not in ("auto", "xformers", "sdpa"):
-        raise ValueError(f"attention: want auto, xformers or sdpa, got {requested!r}")
-    if device != "cuda":
-        obstacle = f"xformers has no {device} operator"
-    elif dtype not in (torch.bfloat16, torch.float16):
-        obstacle = f"xformers' fast operators want bf16 or fp16, this is {str(dtype).removeprefix('torch.')}"
-    else:
-        obstacle = why_no_xformers()
-    if requested == "sdpa":
-        return "sdpa", "asked for by name"
-    if obstacle is None:
-        return "xformers", "asked for by name" if requested == "xformers" else f"xformers {XFORMERS} on CUDA"
-    if requested == "xformers":
-        raise ValueError(f"attention: xformers asked for, but {obstacle}")
-    return "sdpa", obstacle
+    if requested not in ("auto", *BACKENDS):
+        raise ValueError(f"attention: want auto, {', '.join(BACKENDS)}, got {requested!r}")
+    found = obstacles((1,), 64, dtype, device)  # the shape of a call may be an obstacle to the tile as well
+    if requested != "auto":
+        if found[requested] is not None:
+            raise ValueError(f"attention: {requested} asked for, but {found[requested]}")
+        return requested, "asked for by name"
+    if device != MEASURED_ON:
+        return "sdpa", f"torch's own kernels serve on {device}"
+    able = [name for name, obstacle in found.items() if obstacle is None]
+    if able == ["sdpa"]:
+        return "sdpa", str(found["xformers"])
+    why = f"the fastest of {', '.join(able)}, measured at the first call of each shape"
+    return "auto", why if found["xformers"] is None else f"{why}; {found['xformers']}"
+
+
+# --- the fastest ------------------------------------------------------------------------------------------
+
+
+@torch.compiler.assume_constant_result
+def _fastest(
+    segments: tuple[int, ...], heads: int, width: int, batch: int, layout: Layout,
+    dtype: torch.dtype, grad: bool, device: torch.device,
+) -> str:  # fmt: skip
+    """The backend for such calls, measured at the first of them."""
+    dtype_name = str(dtype).removeprefix("torch.")
+    call = Call(segments, heads, width, batch, layout, dtype_name, grad, _name_of(device))
+    found = obstacles(segments, width, dtype, device.type)
+    return fastest(call, dtype, device, BACKENDS, found, cuda_ms)
+
+
+@cache
+def _name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _choose(q: Tensor, k: Tensor, v: Tensor, segments: tuple[int, ...]) -> str:
+    """`auto`. Sizes that a compiler holds open are only compared here, or become constants."""
+    B, _, H, d = q.shape
+    if q.device.type != MEASURED_ON or B == 0 or H == 0 or d == 0:
+        return "sdpa"
+    batch = 1
+    while batch * 2 <= B and batch * H < HEADS:
+        batch *= 2
+    layout: Layout = "plain"
+    if q.stride(1) == 3 * H * d:
+        layout = "packed"
+    elif q.stride(1) < q.stride(2):
+        layout = "heads"
+    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    heads, width, *lengths = (len(range(n)) for n in (H, d, *segments))  # constants, for a compiler as well
+    return _fastest(tuple(lengths), heads, width, batch, layout, q.dtype, grad, q.device)
 
 
 # --- public function --------------------------------------------------------------------------------
@@ -132,7 +212,10 @@ def attention(
     if q.ndim != 4 or q.shape != k.shape or q.shape != v.shape:
         raise ValueError(f"want three [B, T, H, d], got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
     segments = (q.shape[1],) if segments is None else tuple(segments)
-    if sum(segments) != q.shape[1] or min(segments, default=0) < 1:
+    if sum(segments) != q.shape[1] or not segments or any(n < 1 for n in segments):
         raise ValueError(f"want positive segments that sum to T = {q.shape[1]}, got {segments}")
-    chosen = choose_attention(backend, q.device.type, q.dtype)[0]
-    return (_xformers if chosen == "xformers" else _sdpa)(q, k, v, segments)
+    if backend == "auto":
+        chosen = _choose(q, k, v, segments)
+    else:
+        chosen = choose_attention(backend, q.device.type, q.dtype)[0]
+    return BACKENDS[chosen](q, k, v, segments)

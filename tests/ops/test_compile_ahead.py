@@ -50,11 +50,24 @@ FEATURES = {192: (BF16,), 256: (BF16, FP16, FP32), 768: (BF16, FP16, FP32), 1024
 GRIDS = (8, 14, 16, 24, 32)
 ASPECT = 0.3, 1 / 0.3
 BLOCK_FP64 = {"mul.f64", "sqrt.rn.f64", "selp.f64", "cvt.rn.f64.s64", "cvt.rzi.s32.f64"}
+# segments and width of a head: MAE's encoder and decoder, R-MAE's views
+HEADS = {
+    "MAE": ((50,), 64, (BF16, FP16)),
+    "decoder": ((197,), 32, (BF16,)),
+    "R-MAE": ((50, 148), 64, (BF16,)),
+}
+# few rows, every number of tiles of keys, every width of the last one, at every width of a head
+EVERY_HEAD = HEADS | {
+    f"{length} tokens of {d}": ((length,), d, (BF16,))
+    for d in (16, 24, 32, 40, 56, 64, 80, 112, 128)
+    for length in (5, 30, 64, 80, 128, 180, 197, 256)
+}
 # all of these are minutes of compilation: `make compile-ahead`; each run of the tests takes what ViT-B takes
 ALL = os.environ.get("FASTMIM_COMPILE_ALL") == "1"
 BLOCKS = WIDTHS if ALL else {"width 768": (768, 50, (BF16,))}
 CONTRAST = FEATURES if ALL else {256: (BF16,)}
 MASKS = GRIDS if ALL else (14,)
+ATTENTION = EVERY_HEAD if ALL else {name: HEADS[name] for name in ("MAE", "decoder")}
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}  # bytes that one program may hold
 IMAGES = 64
 
@@ -161,6 +174,21 @@ def cases() -> Iterator[tuple]:
     yield from mask_cases()
     yield from block_cases()
     yield from contrast_cases()
+    yield from attention_cases()
+    yield from crop_cases()
+
+
+def crop_cases() -> Iterator[tuple]:
+    """Launches of resized_crop: colour and grey images, both filters."""
+    crop = import_module("fastmim_kernels.resized_crop")
+    boxes, flips = (
+        torch.tensor([[0, 0, 375, 500]] * 2, device="cpu"),
+        torch.tensor([True, False], device="cpu"),
+    )
+    for channels in (3, 1):
+        images = [torch.empty(375, 500, channels, dtype=torch.uint8) for _ in range(2)]
+        for cubic in (True, False):
+            yield f"crop of {channels} {cubic}", crop.launch, images, boxes, flips, 224, 224, cubic
 
 
 def mask_cases() -> Iterator[tuple]:
@@ -243,6 +271,20 @@ def contrast_cases() -> Iterator[tuple]:
                 rows = new(B, N)
                 saved = q, k, rows, rows, new(G, N)
                 yield f"{case} {name} keys back", nce.launch_backward_keys, rows, *saved, *settings
+
+
+def attention_cases() -> Iterator[tuple]:
+    """Launches of the tile kernels, on views of one tensor as a fused linear layer leaves them."""
+    tile = import_module("fastmim_kernels.attention_triton")
+    for name, (segments, d, dtypes) in ATTENTION.items():
+        T, H = sum(segments), 12
+        for dtype in dtypes:
+            case = f"{name} {str(dtype).removeprefix('torch.')} attention"
+            q, k, v = torch.empty(IMAGES, T, 3, H, d, dtype=dtype).unbind(2)
+            out, lse = torch.empty(IMAGES, T, H, d, dtype=dtype), torch.empty(IMAGES, H, T)
+            yield case, tile.launch_forward, q, k, v, segments
+            for needs in ((True, True, True), (False, True, True)):
+                yield f"{case} back", tile.launch_backward, out, q, k, v, out, lse, segments, needs
 
 
 class NoGPU:
