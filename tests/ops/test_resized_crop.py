@@ -69,8 +69,9 @@ def test_back_ends_agree_on_other_channels(channels, device):
     images, boxes, flips = make_inputs(channels)
     expected = resized_crop_reference(images, boxes, flips, 16, 12, "bicubic")
     assert torch.equal(resized_crop(images, boxes, (16, 12), flips_B=flips), expected)
-    found = launch([x.to(device) for x in images], boxes, flips, 16, 12, True)
-    assert torch.equal(found.cpu(), expected)
+    few = 2 if device == "cpu" else len(images)  # the interpreter takes seconds for each
+    found = launch([x.to(device) for x in images[:few]], boxes[:few], flips[:few], 16, 12, True)
+    assert torch.equal(found.cpu(), expected[:few])
 
 
 def test_a_large_image_and_a_real_size():
@@ -99,8 +100,8 @@ def test_images_with_longer_rows(device):
     assert not padded[0].is_contiguous()
     expected = resized_crop_reference(images, boxes, flips, 8, 8, "bicubic")
     assert torch.equal(resized_crop(padded, boxes, (8, 8), flips_B=flips), expected)
-    on_device = [torch.nn.functional.pad(x.to(device), (0, 0, 0, 5))[:, : x.shape[1]] for x in images]
-    assert torch.equal(launch(on_device, boxes, flips, 8, 8, True).cpu(), expected)
+    on_device = [torch.nn.functional.pad(x.to(device), (0, 0, 0, 5))[:, : x.shape[1]] for x in images[:2]]
+    assert torch.equal(launch(on_device, boxes[:2], flips[:2], 8, 8, True).cpu(), expected[:2])
 
 
 def test_op_is_registered_right():

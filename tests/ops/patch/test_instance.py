@@ -278,13 +278,15 @@ def test_a_patched_norm_called_alone_is_a_norm():
 
 def test_fsdp_of_every_part(tmp_path):
     """FSDP2 exchanges classes too, on top of ours."""
-    from torch.distributed import destroy_process_group, init_process_group
+    from torch.distributed import destroy_process_group, init_process_group, is_initialized
     from torch.distributed.fsdp import fully_shard
 
     model = make(BUILDS["timm"]).eval()
     expected = run(model)["output"]
     fastmim_kernels.apply(model)
-    init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    ours = not is_initialized()  # DeepSpeed leaves its group of one behind in this process
+    if ours:
+        init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         for module in reversed([m for m in model.modules() if list(m.parameters())]):
             fully_shard(module)
@@ -292,7 +294,8 @@ def test_fsdp_of_every_part(tmp_path):
         actual = run(model)["output"]
         actual.sum().backward()
     finally:
-        destroy_process_group()
+        if ours:
+            destroy_process_group()
     torch.testing.assert_close(actual, expected)
     assert all(p.grad is not None for p in model.blocks.parameters())
 
