@@ -61,12 +61,14 @@ class Case:
 
 # --- where a number was measured --------------------------------------------------------------------
 
+CHANGES = ("status", "--porcelain", "--", ".", ":!benchmarks/results")  # rows are written while others come
+
 
 def environment() -> dict[str, Any]:
     """Device, versions, state of the code, command and time: what every row ends with."""
     return {
         "commit": git("rev-parse", "--short", "HEAD"),
-        "dirty": None if (status := git("status", "--porcelain")) is None else bool(status),
+        "dirty": None if (status := git(*CHANGES)) is None else bool(status),
         "sources": sources_digest(),
         "device": torch.cuda.get_device_name()
         if DEVICE == "cuda"
@@ -207,7 +209,7 @@ def relative_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> floa
 
 
 def extra_mib(run: Callable[[], object]) -> float:
-    """Memory of torch's taken at most beyond what was there before.
+    """Memory of torch's taken at most beyond what was there before and what is given back in the end.
 
     On a CPU every allocation and release is added up that torch's profiler records; what a library takes
     without torch is not among them.
@@ -220,14 +222,19 @@ def extra_mib(run: Callable[[], object]) -> float:
             if event.name() == "[memory]":
                 live += event.nbytes()
                 peak = max(peak, live)
-        del result
-        return peak / 2**20
+        return (peak - size_of(result)) / 2**20
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    run()
+    result = run()
     torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+    return (torch.cuda.max_memory_allocated() - before - size_of(result)) / 2**20
+
+
+def size_of(result: Any) -> int:
+    """Bytes of the tensors of a result, each memory once."""
+    storages = (x.untyped_storage() for x in result if isinstance(x, torch.Tensor))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def measure(cases: Sequence[Case], rounds: int) -> Iterator[dict[str, Any]]:

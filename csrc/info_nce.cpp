@@ -1,10 +1,10 @@
-// fastmim::info_nce per position on the CPU: kernels/fastmim_kernels/info_nce.py.
+// fastmim::info_nce on the CPU: kernels/fastmim_kernels/info_nce.py.
 //
 //   w = dloss * p / (tau |q|)    p the softmax, less one at the label
 //   dq = w k^ - q^ (dloss sum_j p_j s_j) / |q|        dk^ = w^T q
 //
-// One task per position: its products run on one thread, without a word between threads, and its logits, a few
-// rows at a time, never leave the thread's cache.
+// A position, or a block of its rows, is one thread's: its products need no word between threads, and its logits,
+// a few rows at a time, stay in the thread's cache.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
@@ -126,7 +126,47 @@ void write_rows(const float* from, at::Tensor& to, int64_t n, int64_t begin, int
   }
 }
 
+// The gradient of the keys from that of their directions, in place, to its rows of dk.
+void write_keys(at::Tensor& dkeys, const Rows& rows, const at::Tensor& keys, bool normalize, at::Tensor& dk,
+                int64_t n) {
+  const int64_t G = keys.size(0), D = keys.size(1);
+  float* dx = dkeys.mutable_data_ptr<float>();
+  const float* unit = keys.const_data_ptr<float>();
+  for (int64_t i = 0; normalize && i < G; ++i) {
+    off_direction(dx + i * D, unit + i * D, dot(dx + i * D, unit + i * D, D), rows.norm[i], D);
+    for (int64_t j = 0; j < D; ++j) dx[i * D + j] *= rows.per_norm(i);
+  }
+  write_rows(dx, dk, n, 0, G);
+}
+
 int64_t block_rows(int64_t G) { return std::max<int64_t>(32, BLOCK_LOGITS / std::max<int64_t>(1, G)); }
+
+// Calls `work(scratch)(n, b, keys)` for every position n and block of rows from b on, `keys` the unit keys of n.
+// Where there are positions for all threads each takes some whole; else all share the blocks of one position.
+template <typename Start>
+void for_blocks(const at::Tensor& q, const at::Tensor& k, bool normalize, const Start& start) {
+  const int64_t B = q.size(0), N = q.size(1), G = k.size(0), block = block_rows(G);
+  if (N >= at::get_num_threads()) {
+    at::parallel_for(0, N, 1, [&](int64_t begin, int64_t end) {
+      at::AutoDispatchBelowADInplaceOrView below;  // this thread's: the caller's does not reach it
+      auto work = start();
+      for (int64_t n = begin; n < end; ++n) {
+        const at::Tensor keys = Rows(k, n, 0, G, normalize).unit();
+        for (int64_t b = 0; b < B; b += block) work(n, b, keys);
+      }
+    });
+    return;
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  for (int64_t n = 0; n < N; ++n) {
+    const at::Tensor keys = Rows(k, n, 0, G, normalize).unit();
+    at::parallel_for(0, (B + block - 1) / block, 1, [&](int64_t begin, int64_t end) {
+      at::AutoDispatchBelowADInplaceOrView below;
+      auto work = start();
+      for (int64_t b = begin * block; b < std::min(end * block, B); b += block) work(n, b, keys);
+    });
+  }
+}
 
 std::tuple<at::Tensor, at::Tensor> info_nce(const at::Tensor& q, const at::Tensor& k, double temperature,
                                             int64_t offset, bool normalize) {
@@ -134,27 +174,42 @@ std::tuple<at::Tensor, at::Tensor> info_nce(const at::Tensor& q, const at::Tenso
   const float tau = static_cast<float>(temperature);
   at::Tensor loss = at::empty({B, N}, q.options().dtype(at::kFloat)), lse = at::empty_like(loss);
   float *losses = loss.mutable_data_ptr<float>(), *sums = lse.mutable_data_ptr<float>();
-  at::parallel_for(0, N, 1, [&](int64_t begin, int64_t end) {
-    at::AutoDispatchBelowADInplaceOrView below;  // this thread's: the caller's does not reach it
-    at::Tensor logits = at::empty({std::min(block, B), G}, loss.options());
-    for (int64_t n = begin; n < end; ++n) {
-      const at::Tensor keys = Rows(k, n, 0, G, normalize).unit();
-      for (int64_t b = 0; b < B; b += block) {
-        const Rows queries(q, n, b, std::min(b + block, B), normalize);
-        at::Tensor s = logits.narrow(0, 0, queries.rows.size(0));
-        at::mm_out(s, queries.rows, keys.t());
-        float* row = s.mutable_data_ptr<float>();
-        for (int64_t i = 0; i < s.size(0); ++i, row += G) {
-          const float top = scale_and_max(row, queries.per_norm(i), tau, G);
-          const float positive = row[b + i + offset];
-          const float total = std::log(exp_and_sum(row, top, G)) + top;
-          losses[(b + i) * N + n] = total - positive;
-          sums[(b + i) * N + n] = total;
-        }
+  for_blocks(q, k, normalize, [&] {
+    return [&, logits = at::empty({std::min(block, B), G}, loss.options())](int64_t n, int64_t b,
+                                                                          const at::Tensor& keys) {
+      const Rows queries(q, n, b, std::min(b + block, B), normalize);
+      at::Tensor s = logits.narrow(0, 0, queries.rows.size(0));
+      at::mm_out(s, queries.rows, keys.t());
+      float* row = s.mutable_data_ptr<float>();
+      for (int64_t i = 0; i < s.size(0); ++i, row += G) {
+        const float top = scale_and_max(row, queries.per_norm(i), tau, G);
+        const float positive = row[b + i + offset];
+        const float total = std::log(exp_and_sum(row, top, G)) + top;
+        losses[(b + i) * N + n] = total - positive;
+        sums[(b + i) * N + n] = total;
       }
-    }
+    };
   });
   return {loss, lse};
+}
+
+// The rows of logits of one block, made again, become w; what goes along each query comes beside them.
+void weights(at::Tensor& w, const Rows& queries, const at::Tensor& keys, const float* slope, const float* lse,
+             int64_t step, int64_t label, float tau, float* along) {
+  const int64_t G = keys.size(0);
+  at::mm_out(w, queries.rows, keys.t());
+  float* row = w.mutable_data_ptr<float>();
+  for (int64_t i = 0; i < w.size(0); ++i, row += G) {
+    const float per_norm = queries.per_norm(i), g = slope[i * step];
+    scale_and_max(row, per_norm, tau, G);
+    const float positive = row[label + i];
+    float inner;
+    exp_and_sum(row, lse[i * step], G, &inner);
+    row[label + i] -= 1.0f;
+    along[i] = g * (inner - positive) * per_norm * per_norm;
+    const float factor = g / tau * per_norm;
+    for (int64_t j = 0; j < G; ++j) row[j] *= factor;
+  }
 }
 
 std::tuple<at::Tensor, at::Tensor> info_nce_backward(const at::Tensor& dloss, const at::Tensor& q,
@@ -162,58 +217,36 @@ std::tuple<at::Tensor, at::Tensor> info_nce_backward(const at::Tensor& dloss, co
                                                      double temperature, int64_t offset, bool normalize,
                                                      bool need_q, bool need_k) {
   const int64_t B = q.size(0), N = q.size(1), G = k.size(0), D = q.size(2), block = block_rows(G);
+  TORCH_CHECK(!need_k || N >= at::get_num_threads(), "the keys of one position are one thread's");
   const float tau = static_cast<float>(temperature);
   const at::Tensor slopes = dloss.contiguous();
   const float *slope = slopes.const_data_ptr<float>(), *sums = lse.const_data_ptr<float>();
   at::Tensor dq = at::empty({need_q ? B : 0, N, D}, q.options().memory_format(at::MemoryFormat::Contiguous));
   at::Tensor dk = at::empty({need_k ? G : 0, N, D}, k.options().memory_format(at::MemoryFormat::Contiguous));
   const auto fp32 = q.options().dtype(at::kFloat);
-  at::parallel_for(0, N, 1, [&](int64_t begin, int64_t end) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    at::Tensor logits = at::empty({std::min(block, B), G}, fp32);
-    at::Tensor products = at::empty({need_q ? std::min(block, B) : 0, D}, fp32);
-    std::vector<float> along(block);
-    for (int64_t n = begin; n < end; ++n) {
-      const Rows all_keys(k, n, 0, G, normalize);
-      const at::Tensor keys = all_keys.unit();
-      at::Tensor dkeys = at::zeros({need_k ? G : 0, D}, fp32);
-      for (int64_t b = 0; b < B; b += block) {
-        const Rows queries(q, n, b, std::min(b + block, B), normalize);
-        const int64_t count = queries.rows.size(0);
-        at::Tensor w = logits.narrow(0, 0, count);
-        at::mm_out(w, queries.rows, keys.t());
-        float* row = w.mutable_data_ptr<float>();
-        for (int64_t i = 0; i < count; ++i, row += G) {
-          const int64_t at = (b + i) * N + n, label = b + i + offset;
-          const float per_norm = queries.per_norm(i), g = slope[at];
-          scale_and_max(row, per_norm, tau, G);
-          const float positive = row[label];
-          float inner;
-          exp_and_sum(row, sums[at], G, &inner);
-          row[label] -= 1.0f;
-          along[i] = g * (inner - positive) * per_norm * per_norm;
-          const float factor = g / tau * per_norm;
-          for (int64_t j = 0; j < G; ++j) row[j] *= factor;
-        }
-        if (need_k) at::addmm_out(dkeys, dkeys, w.t(), queries.rows);
-        if (!need_q) continue;
-        at::Tensor product = products.narrow(0, 0, count);
-        at::mm_out(product, w, keys);
-        float* dx = product.mutable_data_ptr<float>();
-        const float* x = queries.rows.const_data_ptr<float>();
-        for (int64_t i = 0; normalize && i < count; ++i)
-          off_direction(dx + i * D, x + i * queries.rows.stride(0), along[i], queries.norm[i], D);
-        write_rows(dx, dq, n, b, b + count);
+  if (need_k && B == 0) dk.zero_();
+  for_blocks(q, k, normalize, [&] {
+    const int64_t most = std::min(block, B);
+    return [&, logits = at::empty({most, G}, fp32), products = at::empty({need_q ? most : 0, D}, fp32),
+            dkeys = at::empty({need_k ? G : 0, D}, fp32), along = std::vector<float>(most)](
+               int64_t n, int64_t b, const at::Tensor& keys) mutable {
+      const Rows queries(q, n, b, std::min(b + block, B), normalize);
+      const int64_t count = queries.rows.size(0);
+      at::Tensor w = logits.narrow(0, 0, count);
+      weights(w, queries, keys, slope + b * N + n, sums + b * N + n, N, b + offset, tau, along.data());
+      if (need_k) {
+        at::addmm_out(dkeys, dkeys, w.t(), queries.rows, b == 0 ? 0 : 1);
+        if (b + block >= B) write_keys(dkeys, Rows(k, n, 0, G, normalize), keys, normalize, dk, n);
       }
-      if (!need_k) continue;
-      float* dx = dkeys.mutable_data_ptr<float>();
-      const float* unit = keys.const_data_ptr<float>();
-      for (int64_t i = 0; normalize && i < G; ++i) {
-        off_direction(dx + i * D, unit + i * D, dot(dx + i * D, unit + i * D, D), all_keys.norm[i], D);
-        for (int64_t j = 0; j < D; ++j) dx[i * D + j] *= all_keys.per_norm(i);
-      }
-      write_rows(dx, dk, n, 0, G);
-    }
+      if (!need_q) return;
+      at::Tensor product = products.narrow(0, 0, count);
+      at::mm_out(product, w, keys);
+      float* dx = product.mutable_data_ptr<float>();
+      const float* x = queries.rows.const_data_ptr<float>();
+      for (int64_t i = 0; normalize && i < count; ++i)
+        off_direction(dx + i * D, x + i * queries.rows.stride(0), along[i], queries.norm[i], D);
+      write_rows(dx, dq, n, b, b + count);
+    };
   });
   return {dq, dk};
 }

@@ -16,7 +16,7 @@ Bytes   4 * B * N * G * D FLOP with the gradient of q, half without: compute bou
         of q's dtype, 4 * N * (2 * B + G) bytes of lse, rates and norms; q and k if k gets a gradient.
         The CPU keeps q, k and lse, and makes the logits of a few positions or rows a second time.
 Limits  last dim contiguous, D <= 1024, any other strides. The log-sum-exp is not differentiable. CUDA runs
-        info_nce_triton.py; the CPU runs csrc/ per position, else the definition in chunks.
+        info_nce_triton.py, the CPU runs csrc/ or the definition in chunks.
 """
 
 from collections.abc import Iterator
@@ -127,9 +127,9 @@ def cpu_backward(
     return dq, dk
 
 
-def _by_position(q: Tensor) -> bool:
-    """Whether every thread finds a position: csrc/ gives each its own, MKL shares out each product."""
-    return q.shape[1] > 1 and q.shape[1] >= torch.get_num_threads() and native.ready()
+def _native(q: Tensor, need_k: bool = False) -> bool:
+    """Whether csrc/ serves: always, but the gradient of the keys wants a position for each thread."""
+    return not (need_k and q.shape[1] < torch.get_num_threads()) and native.ready()
 
 
 # --- the op: schema, devices, fake, autograd ------------------------------------------------------
@@ -144,7 +144,7 @@ def _op(
 
 @_op.register_kernel("cpu")
 def _(q, k, temperature, label_offset, normalize, need_pull):
-    forward = torch.ops.fastmim.native_info_nce if _by_position(q) else cpu_forward
+    forward = torch.ops.fastmim.native_info_nce if _native(q) else cpu_forward
     loss, lse = forward(q, k, temperature, label_offset, normalize)
     none = q.new_empty(0, dtype=torch.float32)
     return loss, lse, none, q.new_empty(0, *q.shape[1:]), none.clone()
@@ -186,7 +186,7 @@ def _op_backward(
 
 @_op_backward.register_kernel("cpu")
 def _(dloss, q, k, lse, rate, pull, norm, temperature, label_offset, normalize, need_q, need_k):
-    backward = torch.ops.fastmim.native_info_nce_backward if _by_position(q) else cpu_backward
+    backward = torch.ops.fastmim.native_info_nce_backward if _native(q, need_k) else cpu_backward
     return backward(dloss, q, k, lse, temperature, label_offset, normalize, need_q, need_k)
 
 
