@@ -1,4 +1,4 @@
-"""Planted faults of resized_crop: each must turn a test red (`make mutants`). csrc is built for each of its own."""
+"""Planted faults of resized_crop: each must turn a test red (`make mutants`)."""
 
 TESTS = ["tests/ops/test_resized_crop.py"]
 PAGE = "kernels/fastmim_kernels/resized_crop.py"
