@@ -147,12 +147,12 @@ def _views(
     """Views of the oldest run; on a GPU in the order of the current stream, without waiting for it."""
     if device.type == "cpu":
         (decoded,) = pipe.outputs()
-        images = [torch.from_numpy(np.asarray(image)) for image in decoded]
+        images = [torch.from_numpy(np.asarray(decoded[i])) for i in range(len(decoded))]
     else:
         with torch.cuda.device(device):
             # bound to the stream that reads them: DALI's pool gets them back behind that
             (decoded,) = pipe.outputs(torch.cuda.current_stream())
-        images = [torch.from_dlpack(image) for image in decoded]
+        images = [torch.from_dlpack(decoded[i]) for i in range(len(decoded))]
     boxes = request.boxes
     if len(boxes) == 1:  # what was decoded is the box
         boxes = {crop: _from_the_corner(cut) for crop, cut in boxes.items()}
