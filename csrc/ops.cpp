@@ -22,6 +22,12 @@ TORCH_LIBRARY_FRAGMENT(fastmim, m) {
   // resized_crop.cpp: boxes int64 [B, 4]
   m.def("native_resized_crop(Tensor[] images, Tensor boxes, Tensor flips, int height, int width, bool cubic) -> Tensor");
 
+  // color_jitter.cpp: order int64 [B, 4], factors fp32 [B, 4]
+  m.def("native_color_jitter(Tensor images, Tensor order, Tensor factors, Tensor grey, Tensor solarise) -> Tensor");
+
+  // color_blur.cpp: boxes int64 [B, 3], whole pixels (-1: leave) and weights
+  m.def("native_color_blur(Tensor images, Tensor boxes, Tensor solarise) -> Tensor");
+
   // info_nce.cpp
   m.def("native_info_nce(Tensor q, Tensor k, float temperature, int label_offset, bool normalize) -> (Tensor, Tensor)");
   m.def("native_info_nce_backward(Tensor dloss, Tensor q, Tensor k, Tensor lse, float temperature, int label_offset, bool normalize, bool need_q, bool need_k) -> (Tensor, Tensor)");

@@ -7,6 +7,8 @@ from fastmim_kernels.add_layer_norm import add_layer_norm
 from fastmim_kernels.attention import attention
 from fastmim_kernels.bias_gelu import bias_gelu
 from fastmim_kernels.block_masks import block_mask, grid_mask, ibot_targets, uniform_mask
+from fastmim_kernels.color_blur import color_blur
+from fastmim_kernels.color_jitter import color_jitter
 from fastmim_kernels.debug import set_debug
 from fastmim_kernels.ema_update import ema_update
 from fastmim_kernels.gather_patches import gather_patches
@@ -32,6 +34,8 @@ __all__ = [
     "attention",
     "bias_gelu",
     "block_mask",
+    "color_blur",
+    "color_jitter",
     "draw_uint32",
     "draw_uniform",
     "ema_update",

@@ -180,6 +180,7 @@ def cases() -> Iterator[tuple]:
     yield from contrast_cases()
     yield from attention_cases()
     yield from crop_cases()
+    yield from colour_cases()
 
 
 def crop_cases() -> Iterator[tuple]:
@@ -289,6 +290,22 @@ def attention_cases() -> Iterator[tuple]:
             yield case, tile.launch_forward, q, k, v, segments
             for needs in ((True, True, True), (False, True, True)):
                 yield f"{case} back", tile.launch_backward, out, q, k, v, out, lse, segments, needs
+
+
+def colour_cases() -> Iterator[tuple]:
+    """Launches of the photometric ops: photographs, one channel, channels first, a single pixel."""
+    jitter, blur = (import_module(f"fastmim_kernels.{name}") for name in ("color_jitter", "color_blur"))
+    new = torch.empty
+    order, factors, flag = new(IMAGES, 4, dtype=torch.int64), new(IMAGES, 4), new(IMAGES, dtype=torch.bool)
+    for shape in ((224, 224, 3), (32, 32, 1), (1, 1, 3), (1, 1, 1))[: None if ALL else 1]:
+        images = new(IMAGES, *shape, dtype=torch.uint8)
+        yield f"jitter {shape}", jitter.launch, images, order, factors, flag, flag
+        yield f"blur {shape}", blur.launch, images, new(IMAGES), flag
+    if not ALL:
+        return
+    planes = new(IMAGES, 3, 224, 224, dtype=torch.uint8).permute(0, 2, 3, 1)
+    yield "jitter of planes", jitter.launch, planes, order, factors, flag, flag
+    yield "blur of planes", blur.launch, planes, new(IMAGES), flag
 
 
 class NoGPU:
