@@ -10,7 +10,7 @@ ARGS ?=
 
 help:
 	@echo "make train   install into $(VENV) and train R-MAE on the embedded sample set (ARGS='--steps 50' adds flags)"
-	@echo "make test    install into $(VENV) and run all tests (ARGS='-k rmae' selects)"
+	@echo "make test    install into $(VENV) and run all tests (ARGS='-k rmae' selects, ARGS='-n 0 -s' shows what they print)"
 	@echo "make bench   everything that is measured on a GPU, in 8 minutes (ARGS='--quick' in 2, ARGS='--rehearse' on a CPU)"
 	@echo "make compile-ahead  compile every kernel in every configuration for sm_80, 90, 100, without a GPU (minutes)"
 	@echo "make mutants plant every listed fault: each must turn a test red (an hour; ARGS='ema losses' takes these groups)"
@@ -41,7 +41,7 @@ train: alive
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed fastmim/train.py --method rmae $(ARGS)
 
 test: alive
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 bench: alive
 	$(BIN)/python benchmarks/gpu_round.py $(ARGS)
