@@ -1,13 +1,16 @@
-"""fastmim <command>: train, export, doctor.
+"""fastmim <command>: train, export, data, doctor.
 
 fastmim train --method rmae             what `python fastmim/train.py` does, in one process
 fastmim export RUN_DIR mae.pth          a run's weights as a checkpoint of facebookresearch/mae
+fastmim data pack SRC DST               a set as tar shards, which are read fastest (--short-side 256)
+fastmim data verify|index|stats PATH    which images are bad; index it anew; what it is like
 fastmim doctor [--json]                 what this machine will run on, and why
 """
 
 import argparse
 import difflib
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -37,6 +40,42 @@ def export(arguments: list[str]) -> None:
         parser.exit(2, f"fastmim: error: {error}\n")
 
 
+def data(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="fastmim data", description="Look after a set of images.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    pack = commands.add_parser(
+        "pack", help="a set as tar shards", description="Pack a set into tar shards, or go on after a kill."
+    )
+    pack.add_argument("source", type=Path, metavar="SRC", help="folder, list, tar or Parquet shards")
+    pack.add_argument("folder", type=Path, metavar="DST", help="where the shards go")
+    pack.add_argument("--short-side", type=int, help="larger images are resized to it; without it none is")
+    pack.add_argument("--quality", type=int, default=90, help="of resized JPEG and WebP (default: 90)")
+    pack.add_argument("--shard-mb", type=int, default=256, help="largest shard, 10^6 bytes (default: 256)")
+    verify = commands.add_parser(
+        "verify", help="which images are bad", description="Decode every image; exit 1 if one is bad."
+    )
+    index = commands.add_parser("index", help="index a set anew", description="Index a set anew.")
+    stats = commands.add_parser("stats", help="what a set is like", description="Counts, sizes, colours.")
+    stats.add_argument("--json", action="store_true", help="as JSON, with every class")
+    for command in (verify, index, stats):
+        command.add_argument("path", type=Path, metavar="PATH", help="folder, list, tar or Parquet shards")
+    for command in (pack, verify, stats):
+        command.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads")
+    args = parser.parse_args(arguments)
+    if getattr(args, "workers", 1) < 1:
+        parser.exit(2, f"fastmim: error: want --workers >= 1, got {args.workers}\n")
+    from fastmim.data import commands as run
+
+    try:
+        sys.exit(run.COMMANDS[args.command](args))
+    except ValueError as error:
+        parser.exit(2, f"fastmim: error: {error}\n")
+    except OSError as error:  # a full disk, a folder that cannot be written
+        parser.exit(1, f"fastmim: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "fastmim: interrupted\n")
+
+
 def doctor(arguments: list[str]) -> None:
     from fastmim.engine.doctor import print_report, report
 
@@ -50,7 +89,12 @@ def doctor(arguments: list[str]) -> None:
     print(json.dumps(content, indent=2)) if args.json else print_report(content)
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": train, "export": export, "doctor": doctor}
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": train,
+    "export": export,
+    "data": data,
+    "doctor": doctor,
+}
 
 
 def main() -> None:

@@ -12,7 +12,8 @@ class DataConfig:
     """Where the images are and how they are decoded."""
 
     path: Path | None = None
-    """Folder of images, nested or flat. Without it: the embedded sample set."""
+    """Folder of images, list of paths, or tar or Parquet shards (file, folder or pattern). Without it: the
+    embedded sample set."""
     decoder: DecoderName = "dali"
     """What decodes: DALI, or Pillow where there is no DALI. Never one for the other in silence."""
     threads: int | None = None

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastmim.data import scenes
+from fastmim.data.index import cache_folder
 from fastmim.data.scenes import CLASSES, COUNTS, SEED, VERSION
 
 STALE_S = 3600.0  # a temporary folder this old belongs to nobody
@@ -30,7 +31,7 @@ def sample_set(folder: Path | None = None) -> Path:
     It lies in `folder`, else $FASTMIM_CACHE, else $XDG_CACHE_HOME/fastmim, else ~/.cache/fastmim. Any number
     of processes may ask at once: one makes it, the others wait. Raises OSError where it cannot be written.
     """
-    root = _cache_folder() if folder is None else Path(folder)
+    root = cache_folder() if folder is None else Path(folder)
     made = root / VERSION
     try:
         if _whole(made):
@@ -46,12 +47,6 @@ def sample_set(folder: Path | None = None) -> Path:
             "set FASTMIM_CACHE to a folder that can be written and has 40 MB free",
         ) from error
     return made
-
-
-def _cache_folder() -> Path:
-    if named := os.environ.get("FASTMIM_CACHE"):
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastmim"
 
 
 def _whole(made: Path) -> bool:

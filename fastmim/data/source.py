@@ -1,105 +1,156 @@
-"""A folder of images: stable sample ids, labels from folders, encoded bytes.
+"""A path in, images out: what a path is decides how it is read.
 
-    sample id  = index in the sorted relative POSIX paths
-    label      = index of the first-level folder, if no image lies beside these folders; else none
+    folder                   of images, nested or flat                                     folder.py
+    .txt .tsv .lst .list     a path per line, and after a tab its label                    folder.py
+    .tar                     one, a folder of them, `*` or `{0..9}`; also WebDataset's     tar.py
+    .parquet                 one, a folder of them, `*` or `{0..9}`; Hugging Face's        parquet.py
 
-Hidden files and folders are skipped; links are followed, except into a folder that is being walked already.
+The in-memory source is `memory.MemoryImages`. Sample ids are stable: a function of names, or of the order in
+the file. What was found is kept, see index.py.
 """
 
-import hashlib
+import glob
+import json
 import os
+import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from itertools import product
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
+from fastmim.data.folder import kept_folder, open_folder, open_list
 from fastmim.data.header import EXTENSIONS
+from fastmim.data.images import Images
+from fastmim.data.index import index_file
+from fastmim.data.parquet import open_parquet
+from fastmim.data.tar import open_tar
 
-STAT_THREADS, STAT_CHUNK = 16, 4096
-
-
-class Images:
-    """Encoded images below `root`, `names` being their sorted relative POSIX paths."""
-
-    def __init__(self, root: Path, names: list[str]):
-        self.root, self.names = root, names
-        self._prefix = f"{root}{os.sep}"
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def path(self, sample_id: int) -> Path:
-        return self.root / self.names[sample_id]
-
-    def read(self, sample_id: int) -> bytes:
-        """The encoded bytes. OSError if the file cannot be read (any more)."""
-        with open(self._prefix + self.names[sample_id], "rb", buffering=0) as file:
-            return file.read()
-
-    @cached_property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the first-level folders, sorted; empty for an unlabelled set."""
-        if any("/" not in name for name in self.names):
-            return ()
-        return tuple(sorted({name.partition("/")[0] for name in self.names}))
-
-    @cached_property
-    def labels(self) -> np.ndarray | None:
-        """Class of every sample, int32 `[len(self)]`, or None for an unlabelled set."""
-        if not self.classes:
-            return None
-        index = {name: i for i, name in enumerate(self.classes)}
-        return np.array([index[name.partition("/")[0]] for name in self.names], dtype=np.int32)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 of relative names and sizes in bytes: what a checkpoint remembers of its data."""
-        digest = hashlib.sha256()
-        with ThreadPoolExecutor(STAT_THREADS) as pool:  # a stat is a round trip on a network file system
-            for lines in pool.map(self._names_and_sizes, range(0, len(self), STAT_CHUNK)):
-                digest.update(lines.encode("utf-8", "surrogateescape"))
-        return digest.hexdigest()
-
-    def _names_and_sizes(self, start: int) -> str:
-        names = self.names[start : start + STAT_CHUNK]
-        return "".join(f"{name}\0{_size(self._prefix + name)}\n" for name in names)
+LISTS, SHARDS = (".txt", ".tsv", ".lst", ".list"), (".tar", ".parquet")
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
+MANIFEST = "manifest.json"  # of a folder that `fastmim data pack` wrote
+ACCEPTED = (
+    f"a folder of images, a list of paths ({' '.join(LISTS)}), or tar or Parquet shards: one file, a folder"
+    " of them or a pattern"
+)
+BRACES = re.compile(r"\{([^{}]*)\}")
+SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?\.parquet")  # as Hugging Face names files
 
 
-def find_images(path: Path) -> Images:
-    """All images below the folder `path`, nested or flat. ValueError if there is no such folder or image."""
-    if not path.exists():
-        raise ValueError(f"want a folder of images, got {path}: it does not exist")
-    if not path.is_dir():
-        raise ValueError(f"want a folder of images, got {path}: it is a file")
-    names = sorted(_walk(path))
-    if not names:
-        raise ValueError(f"no image in {path}: looked in it and below for {' '.join(EXTENSIONS)}")
-    return Images(path.absolute(), names)
+def find_images(path: Path, *, refresh: bool = False) -> Images:
+    """The images of a folder, a list, or shards. ValueError if it is none of these, or without an image.
 
-
-def _walk(root: Path) -> Iterator[str]:
-    todo: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]  # prefix, the folders it lies in
-    while todo:
-        prefix, above = todo.pop()
-        folder = os.path.join(root, prefix)
-        status = os.stat(folder)
-        here = status.st_dev, status.st_ino
-        if here in above:  # a link to a folder around it
-            continue
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    todo.append((f"{prefix}{entry.name}/", (*above, here)))
-                elif entry.name.lower().endswith(EXTENSIONS) and entry.is_file():
-                    yield prefix + entry.name
-
-
-def _size(path: str) -> int:
+    `refresh` makes the kept index anew, whether or not something changed.
+    """
+    path = Path(path)
+    if refresh:
+        index_file(path).unlink(missing_ok=True)
+    elif kept := kept_folder(path):  # first: a look at what a large folder is takes as long as a walk
+        return kept
     try:
-        return os.stat(path).st_size
-    except OSError:
-        return -1
+        return _open(path)
+    except OSError as error:
+        raise ValueError(f"cannot read {error.filename or path}: {error.strerror}") from None
+
+
+def _open(path: Path) -> Images:
+    if not path.exists():
+        files = sorted(_matching(str(path)))
+        if not files:
+            raise ValueError(f"want {ACCEPTED}, got {path}: it does not exist")
+        return _open_shards(path, files)
+    if path.is_dir():
+        shards = _shards_in(path)
+        return _open_shards(path, shards) if shards else open_folder(path)
+    if path.name.lower().endswith(LISTS):
+        return open_list(path)
+    return _open_shards(path, [str(path)])
+
+
+def _open_shards(path: Path, files: list[str]) -> Images:
+    kinds = {_kind(file) for file in files}
+    if len(kinds) > 1:
+        raise ValueError(f"want shards of one kind, got {' and '.join(sorted(kinds))} files in {path}")
+    full = [os.path.abspath(file) for file in files]
+    root = Path(os.path.commonpath([os.path.dirname(file) for file in full]))
+    names = [os.path.relpath(file, root) for file in full]
+    if kinds == {".tar"}:
+        manifest = read_manifest(root)
+        if manifest and not manifest["complete"]:
+            raise ValueError(f"{root} is not packed to its end: run the same `fastmim data pack` again")
+        return open_tar(path, root, names, manifest["source"]["classes"] if manifest else ())
+    splits = {match[1] for name in names if (match := SPLIT.fullmatch(os.path.basename(name)))}
+    if len(splits) > 1:
+        raise ValueError(
+            f"{path} holds the splits {', '.join(sorted(splits))}: name one, as"
+            f" {root / (min(splits) + '-*.parquet')}"
+        )
+    return open_parquet(path, root, names)
+
+
+def _kind(file: str) -> str:
+    """.tar or .parquet. ValueError for any other file."""
+    lower = file.lower()
+    if lower.endswith(COMPRESSED):
+        raise ValueError(f"want an uncompressed tar, which can be read anywhere, got {file}: decompress it")
+    for kind in SHARDS:
+        if lower.endswith(kind):
+            return kind
+    start = ""
+    if os.path.isfile(file):
+        with open(file, "rb") as opened:
+            start = f" that starts with {opened.read(8)!r}"
+    raise ValueError(f"want {ACCEPTED}, got {file}: it is a file of another format{start}")
+
+
+def _shards_in(path: Path) -> list[str]:
+    """Shards directly in a folder, sorted; none if it is one of images. ValueError if it may be both."""
+    shards: list[str] = []
+    others: list[str] = []
+    with os.scandir(path) as entries:
+        for entry in entries:
+            lower = entry.name.lower()
+            if entry.name.startswith("."):
+                continue
+            if lower.endswith((*SHARDS, *COMPRESSED)) and not entry.is_dir():
+                shards.append(entry.path)
+            elif (not shards or not others) and (lower.endswith(EXTENSIONS) or entry.is_dir()):
+                others.append(entry.name)
+    if shards and others:
+        pattern = path / f"*{Path(min(shards)).suffix}"
+        raise ValueError(
+            f"{path} holds {len(shards)} shards, and beside them {min(others)}: name the shards by a pattern,"
+            f" as {pattern}, or the images by their folder"
+        )
+    return sorted(shards)
+
+
+def _matching(pattern: str) -> Iterator[str]:
+    """Files of a pattern with `{0..9}`, `{a,b}`, `*`, `?`, `[]`. ValueError if one of a range is missing."""
+    for plain in _braces(pattern):
+        found = glob.glob(plain) if glob.has_magic(plain) else [plain]
+        if plain != pattern and not (found and os.path.exists(found[0])):
+            raise ValueError(f"want every shard of {pattern}, got none at {plain}")
+        yield from (file for file in found if os.path.exists(file))
+
+
+def _braces(pattern: str) -> list[str]:
+    """Every string that the braces of a pattern stand for, as a shell has it."""
+    pieces = BRACES.split(pattern)  # plain, inner, plain, ...
+    choices = [_choices(piece) if i % 2 else [piece] for i, piece in enumerate(pieces)]
+    return ["".join(choice) for choice in product(*choices)]
+
+
+def _choices(inner: str) -> list[str]:
+    if ends := re.fullmatch(r"(\d+)\.\.(\d+)", inner):
+        width = len(ends[1]) if ends[1].startswith("0") else 0
+        return [f"{i:0{width}d}" for i in range(int(ends[1]), int(ends[2]) + 1)]
+    return inner.split(",") if "," in inner else [f"{{{inner}}}"]
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What `fastmim data pack` wrote of a folder; None if it is not one of its own."""
+    try:
+        content = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) and content.get("format") == "fastmim pack 1" else None

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from fastmim.data import sample, scenes
+from fastmim.data.index import cache_folder
 from fastmim.data.sample import sample_set
 from fastmim.data.scenes import CLASSES, COUNTS, SEED, VERSION, render
 
@@ -153,11 +154,11 @@ def test_where_it_lies(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTMIM_CACHE", str(tmp_path / "a"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
     monkeypatch.setenv("HOME", str(tmp_path / "c"))
-    assert sample._cache_folder() == tmp_path / "a"
+    assert cache_folder() == tmp_path / "a"
     monkeypatch.delenv("FASTMIM_CACHE")
-    assert sample._cache_folder() == tmp_path / "b" / "fastmim"
+    assert cache_folder() == tmp_path / "b" / "fastmim"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert sample._cache_folder() == tmp_path / "c" / ".cache" / "fastmim"
+    assert cache_folder() == tmp_path / "c" / ".cache" / "fastmim"
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
