@@ -14,7 +14,6 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -99,7 +98,7 @@ class DeepSpeedEngine:
     name = "deepspeed"
 
     def __init__(self, method: Method, config: MethodConfig, model: ViTConfig, arguments: argparse.Namespace):
-        from fastmim.data import Images
+        from fastmim.data import MemoryImages
         from fastmim.engine.config import Run, make_plan
         from fastmim.engine.deepspeed import set_learning_rate, start_process_group, wrap
 
@@ -113,7 +112,7 @@ class DeepSpeedEngine:
             precision=arguments.precision,
             zero=arguments.zero,
         )
-        plan = make_plan(run, Images(Path(), [""] * batch), world=self.ranks.world, device=DEVICE)
+        plan = make_plan(run, MemoryImages([b""] * batch), world=self.ranks.world, device=DEVICE)
         self.wrapped = wrap(method, run, plan)
         self.wrapped.train()
         set_learning_rate(self.wrapped, LEARNING_RATE)

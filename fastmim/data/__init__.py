@@ -3,6 +3,7 @@
 from fastmim.data.config import DataConfig
 from fastmim.data.decoder import check_decoder, why_no_dali
 from fastmim.data.loader import BadImages, Loader
+from fastmim.data.memory import MemoryImages
 from fastmim.data.order import SampleOrder
 from fastmim.data.source import Images, find_images
 
@@ -11,6 +12,7 @@ __all__ = [
     "DataConfig",
     "Images",
     "Loader",
+    "MemoryImages",
     "SampleOrder",
     "check_decoder",
     "find_images",
