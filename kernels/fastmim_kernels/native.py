@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -75,16 +76,22 @@ def _ninja_file(compiler: str) -> str:
     sources = sorted(SOURCES.resolve().glob("*.cpp"))
     objects = " ".join(f"{path.stem}.o" for path in sources)
     compiled = "".join(f"build {path.stem}.o: compile {_escape(path)}\n" for path in sources)
-    flags = " ".join(_escape(flag) for flag in FLAGS)
-    libraries = f"-L{_escape(TORCH / 'lib')} -ltorch_cpu -lc10"
+    compile_with = _words(compiler, *FLAGS)
+    link_with = _words(compiler, "-shared", "-fopenmp")
+    libraries = _words(f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10")
     return (
-        f"rule compile\n  command = {compiler} {flags} -c $in -o $out\n"
-        f"rule link\n  command = {compiler} -shared -fopenmp $in {libraries} -o $out\n"
+        f"rule compile\n  command = {compile_with} -c $in -o $out\n"
+        f"rule link\n  command = {link_with} $in {libraries} -o $out\n"
         f"{compiled}build {LIBRARY}: link {objects}\n"
     )
 
 
-def _escape(path: Path | str) -> str:
+def _words(*words: str) -> str:
+    """For a command, which a shell reads behind ninja."""
+    return shlex.join(words).replace("$", "$$")
+
+
+def _escape(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
@@ -106,7 +113,8 @@ def library() -> Path:
         raise Unavailable("FASTMIM_NATIVE=0")
     if not SOURCES.is_dir():
         raise Unavailable(f"no sources at {SOURCES.name}/")
-    compiler = _find("C++ compiler", *filter(None, [os.environ.get("CXX")]), "c++", "g++", "clang++")
+    wanted = os.environ.get("CXX")
+    compiler = _find("C++ compiler", *([wanted] if wanted else ["c++", "g++", "clang++"]))
     folder = _folder(compiler)
     try:
         folder.mkdir(parents=True, exist_ok=True)

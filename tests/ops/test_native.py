@@ -313,6 +313,8 @@ case "$out" in *.so) sleep {seconds}; {link};; *) : > "$out";; esac
 
 @needs_library
 def test_what_is_built_serves_from_then_on(tmp_path):
+    tmp_path = tmp_path / "a folder of its own"  # whose name is four words
+    tmp_path.mkdir()
     compiler = fake_compiler(tmp_path / "c++", LIBRARY)
     env = {"CXX": str(compiler), "TORCH_EXTENSIONS_DIR": str(tmp_path / "cache")}
     assert report(**env)[0] == ["None", "0", "True"]
@@ -346,14 +348,15 @@ def test_processes_wait_for_one_another_and_not_for_the_dead(tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (lambda tmp: {"PATH": str(tmp), "CXX": "no-such-compiler"}, "no C++ compiler"),
+        (lambda tmp: {"PATH": str(tmp)}, "no C++ compiler"),
+        (lambda tmp: {"CXX": "no-such-compiler"}, "no C++ compiler (no-such-compiler)"),
         (lambda tmp: {"CXX": str(fake_compiler(tmp / "c++", None))}, "no such thing"),
         (lambda tmp: {"TORCH_EXTENSIONS_DIR": "/proc/nowhere"}, "cannot write"),
     ],
-    ids=["no compiler", "compiler fails", "nowhere to put it"],
+    ids=["no compiler", "not the one asked for", "compiler fails", "nowhere to put it"],
 )
 def test_what_cannot_be_built_is_said(spoil, reason, tmp_path, monkeypatch):
-    if LIBRARY is None and reason != "no C++ compiler":
+    if LIBRARY is None and "no C++ compiler" not in reason:
         pytest.skip(f"no C++ ops: {WHY}")
     for name, value in {"TORCH_EXTENSIONS_DIR": str(tmp_path / "cache"), **spoil(tmp_path)}.items():
         monkeypatch.setenv(name, value)
