@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastmim.data.decoder import DecoderName
+from fastmim.views import Augmentation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +17,8 @@ class DataConfig:
     embedded sample set."""
     decoder: DecoderName = "dali"
     """What decodes: DALI, or Pillow where there is no DALI. Never one for the other in silence."""
+    augment: Augmentation = "recipe"
+    """recipe: the views of the method as published; strong: smaller boxes, and colours where it has none"""
     threads: int | None = None
     """Decoding threads of each rank. Without it: this machine's cores shared among its ranks."""
     prefetch: int = 2

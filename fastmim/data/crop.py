@@ -63,11 +63,6 @@ def crops_of(views: Sequence[View]) -> dict[int, View]:
     """One view for each `crop`, in order of first use. ValueError if views that share one disagree on it."""
     crops: dict[int, View] = {}
     for view in views:
-        lo, hi = view.scale
-        if not 0 < lo <= hi <= 1 or not 0 < view.ratio[0] <= view.ratio[1] or min(view.size) < 1:
-            raise ValueError(f"want size >= 1, 0 < scale <= 1 and ratio > 0, both ascending, got {view}")
-        if not 0 <= view.flip <= 1 or view.crop < 0:
-            raise ValueError(f"want 0 <= flip <= 1 and crop >= 0, got {view}")
         first = crops.setdefault(view.crop, view)
         if (first.scale, first.ratio, first.flip) != (view.scale, view.ratio, view.flip):
             raise ValueError(f"want one scale, ratio and flip for crop {view.crop}, got {first} and {view}")

@@ -11,6 +11,7 @@ the pipeline; it is then found by decoding one at a time, and a new pipeline is 
 import re
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from io import BytesIO
 from typing import Any
@@ -85,7 +86,7 @@ class DaliDecoder:
         self._pipe = self._build(batch=self._batch, depth=self._depth)
 
     def submit(self, request: Request) -> None:
-        _feed(self._pipe, request)
+        _feed(self._pipe, request.data, request.draws.boxes)
         self._requests.append(request)
         if self._running or len(self._requests) == self._depth:
             self._pipe.schedule_run()  # the first call starts all `depth` requests, later ones one each
@@ -94,15 +95,17 @@ class DaliDecoder:
     def result(self) -> tuple[Tensor, ...]:
         assert len(self._requests) == self._depth, "result() needs a full queue"
         try:
-            outputs = _views(self._pipe, self._views, self._requests[0], self._device)
+            images = _decoded(self._pipe, self._device)
         except RuntimeError as error:
             slots = self._find_rejected(self._requests[0], str(error))
             self._restart()
             if not slots:  # every image can be decoded alone: this is about something else
                 raise
             raise Rejected(slots) from None
-        self._requests.popleft()
-        return outputs
+        draws = self._requests.popleft().draws
+        if len(draws.boxes) == 1:  # what was decoded is the box
+            draws = replace(draws, boxes={crop: _from_the_corner(cut) for crop, cut in draws.boxes.items()})
+        return cut_views(self._views, images, draws)
 
     def _find_rejected(self, request: Request, message: str) -> dict[int, str]:
         named = [int(slot) for slot in re.findall(r"sample #(\d+)", message)]
@@ -115,14 +118,11 @@ class DaliDecoder:
 
     def _refuses(self, request: Request, slot: int) -> bool:
         one = slice(slot, slot + 1)
-        boxes = {crop: boxes[one] for crop, boxes in request.boxes.items()}
-        flips = {crop: flips[one] for crop, flips in request.flips.items()}
         pipe = self._build(batch=1, depth=1)
-        alone = Request(request.data[one], boxes, flips)
         try:
-            _feed(pipe, alone)
+            _feed(pipe, request.data[one], {crop: boxes[one] for crop, boxes in request.draws.boxes.items()})
             pipe.schedule_run()
-            _views(pipe, self._views, alone, self._device)
+            _decoded(pipe, self._device)
         except RuntimeError:
             return True
         return False
@@ -132,31 +132,24 @@ class DaliDecoder:
         del self._pipe
 
 
-def _feed(pipe: Pipeline, request: Request) -> None:
+def _feed(pipe: Pipeline, data: list[bytes], boxes: dict[int, np.ndarray]) -> None:
     # DALI copies: what is fed may be forgotten
-    pipe.feed_input("bytes", [np.frombuffer(data, np.uint8) for data in request.data])
-    if len(request.boxes) == 1:
-        (boxes,) = request.boxes.values()
-        pipe.feed_input("start", np.ascontiguousarray(boxes[:, :2]))
-        pipe.feed_input("shape", np.ascontiguousarray(boxes[:, 2:]))
+    pipe.feed_input("bytes", [np.frombuffer(image, np.uint8) for image in data])
+    if len(boxes) == 1:
+        (cut,) = boxes.values()
+        pipe.feed_input("start", np.ascontiguousarray(cut[:, :2]))
+        pipe.feed_input("shape", np.ascontiguousarray(cut[:, 2:]))
 
 
-def _views(
-    pipe: Pipeline, views: Sequence[View], request: Request, device: torch.device
-) -> tuple[Tensor, ...]:
-    """Views of the oldest run; on a GPU in the order of the current stream, without waiting for it."""
+def _decoded(pipe: Pipeline, device: torch.device) -> list[Tensor]:
+    """Images of the oldest run; on a GPU in the order of the current stream, without waiting for it."""
     if device.type == "cpu":
         (decoded,) = pipe.outputs()
-        images = [torch.from_numpy(np.asarray(decoded[i])) for i in range(len(decoded))]
-    else:
-        with torch.cuda.device(device):
-            # bound to the stream that reads them: DALI's pool gets them back behind that
-            (decoded,) = pipe.outputs(torch.cuda.current_stream())
-        images = [torch.from_dlpack(decoded[i]) for i in range(len(decoded))]
-    boxes = request.boxes
-    if len(boxes) == 1:  # what was decoded is the box
-        boxes = {crop: _from_the_corner(cut) for crop, cut in boxes.items()}
-    return cut_views(views, images, boxes, request.flips)
+        return [torch.from_numpy(np.asarray(decoded[i])) for i in range(len(decoded))]
+    with torch.cuda.device(device):
+        # bound to the stream that reads them: DALI's pool gets them back behind that
+        (decoded,) = pipe.outputs(torch.cuda.current_stream())
+    return [torch.from_dlpack(decoded[i]) for i in range(len(decoded))]
 
 
 def _from_the_corner(boxes: np.ndarray) -> np.ndarray:

@@ -1,11 +1,11 @@
 """The contract of the decoders: requests go in, micro-batches of views come out in the same order.
 
 A decoder holds up to `depth` requests and works on them while the caller does something else. It decides
-nothing: boxes and flips come with the request. What it decodes is cut, resized and flipped by one op whatever
-the decoder, `resized_crop`: the pixels of a view depend on it only as far as two JPEG decoders differ.
+nothing: all draws come with the request. What it decodes is cut, resized, flipped and coloured by the same ops
+whatever the decoder: the pixels of a view depend on it only as far as two JPEG decoders differ.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -14,6 +14,8 @@ import torch
 from fastmim_kernels import resized_crop
 from torch import Tensor
 
+from fastmim.data.color import apply_colors
+from fastmim.data.draws import Draws
 from fastmim.views import View
 
 DecoderName = Literal["dali", "pillow"]
@@ -21,11 +23,10 @@ DecoderName = Literal["dali", "pillow"]
 
 @dataclass(frozen=True)
 class Request:
-    """One micro-batch of B encoded images, with a box and a flip for each crop."""
+    """One micro-batch of B encoded images, and what is drawn for them."""
 
     data: list[bytes]
-    boxes: dict[int, np.ndarray]  # crop -> int32 [B, 4], (top, left, height, width) in pixels
-    flips: dict[int, np.ndarray]  # crop -> bool [B]
+    draws: Draws
 
 
 class Rejected(Exception):
@@ -50,23 +51,36 @@ class Decoder(Protocol):
         """Give up threads and memory."""
 
 
-def cut_views(
-    views: Sequence[View],
-    images: Sequence[Tensor],
-    boxes: Mapping[int, np.ndarray],
-    flips: Mapping[int, np.ndarray],
-) -> tuple[Tensor, ...]:
-    """Views uint8 `[B, H, W, C]` of decoded images `[H_b, W_b, C]`; boxes and flips as in `Request`."""
-    return tuple(
-        resized_crop(
-            images,
-            torch.from_numpy(boxes[view.crop].astype(np.int64)),
-            view.size,
-            flips_B=torch.from_numpy(flips[view.crop]),
-            filter=view.interpolation,
-        )
-        for view in views
+def cut_views(views: Sequence[View], images: Sequence[Tensor], draws: Draws) -> tuple[Tensor, ...]:
+    """Views uint8 `[B, H, W, C]` of decoded images `[H_b, W_b, C]`, in one go for those of one resized crop."""
+    resized: dict[tuple[object, ...], Tensor] = {}
+    cut = []
+    for i, view in enumerate(views):
+        crop = view.crop, view.resized, view.interpolation
+        if crop not in resized:
+            resized[crop] = resized_crop(
+                images,
+                torch.from_numpy(draws.boxes[view.crop].astype(np.int64)),
+                view.resized,
+                flips_B=torch.from_numpy(draws.flips[view.crop]),
+                filter=view.interpolation,
+            )
+        pixels = resized[crop]
+        if view.size != view.resized:
+            pixels = window(pixels, view, draws)
+        if view.color is not None:
+            pixels = apply_colors(pixels, draws.colors[i])
+        cut.append(pixels)
+    return tuple(cut)
+
+
+def window(master_BHWC: Tensor, view: View, draws: Draws) -> Tensor:
+    """The window of each master, at its drawn corner: a box of its own size, which the resize copies."""
+    corner_B2 = (
+        draws.windows[view.draw] if view.shift else torch.zeros(len(master_BHWC), 2, dtype=torch.int64)
     )
+    size_B2 = torch.tensor(view.size).expand(len(master_BHWC), 2)
+    return resized_crop(master_BHWC.unbind(0), torch.cat([corner_B2, size_B2], 1), view.size)
 
 
 def make_decoder(

@@ -25,8 +25,8 @@ from fastmim_kernels.philox import sample_keys
 from torch import Tensor
 
 from fastmim.data.config import DataConfig
-from fastmim.data.crop import crops_of, draw_boxes
 from fastmim.data.decoder import Rejected, Request, make_decoder
+from fastmim.data.draws import check_views, draw_views
 from fastmim.data.header import BadImage, image_size
 from fastmim.data.order import SampleOrder
 from fastmim.data.source import Images
@@ -77,7 +77,7 @@ class Loader:
         if order.num_samples != len(images):
             raise ValueError(f"want an order of {len(images)} samples, got one of {order.num_samples}")
         self._images, self._order, self._seed, self._device = images, order, seed, device
-        self._crops = crops_of(views)
+        self._views = check_views(views)
         self._config, self._bad_samples = config, bad_samples
         self._bad: set[int] = set()
         self._places = self._from(start_step)
@@ -154,9 +154,7 @@ class Loader:
     def _request(self, micro: Micro) -> Request:
         good = [self._good(micro, slot) for slot in range(len(micro.sources))]
         data, sizes_B2 = [data for data, _ in good], np.array([size for _, size in good])
-        draws = {crop: draw_boxes(micro.keys_B, sizes_B2, view) for crop, view in self._crops.items()}
-        boxes, flips = ({crop: draw[i] for crop, draw in draws.items()} for i in (0, 1))
-        return Request(data, boxes, flips)
+        return Request(data, draw_views(micro.keys_B, sizes_B2, self._views))
 
     def _read_all(self, sample_ids: list[int]) -> list[Read]:
         return [self._read(sample_id) for sample_id in sample_ids]

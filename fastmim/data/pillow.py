@@ -57,7 +57,7 @@ class PillowDecoder:
             )
         self._working.popleft()
         images = [task.result() for task in tasks]
-        views = cut_views(self._views, images, request.boxes, request.flips)
+        views = cut_views(self._views, images, request.draws)
         if self._device.type == "cuda":
             return tuple(view.pin_memory().to(self._device, non_blocking=True) for view in views)
         return views

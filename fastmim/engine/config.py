@@ -96,6 +96,8 @@ def make_plan(run: Run, images: Images, *, world: int, device: Literal["cuda", "
         )
     if run.batch > len(images):
         raise ValueError(f"batch: want at most the {len(images)} images there are, got {run.batch}")
+    micro_batch = run.batch // (world * run.accumulate)
+    run.method.check_batch(micro_batch * world)
     steps_per_epoch, left_out = divmod(len(images), run.batch)
     total = run.steps if run.steps is not None else max(1, round(run.epochs * steps_per_epoch))
     notes = []
@@ -103,6 +105,12 @@ def make_plan(run: Run, images: Images, *, world: int, device: Literal["cuda", "
         notes.append(
             f"{left_out} of {len(images)} images fill no batch of {run.batch}: "
             "each epoch leaves out as many, others each time"
+        )
+    if run.accumulate > 1 and run.method.couples_batch:
+        notes.append(
+            f"{run.method.name} compares the images of a micro-batch with one another: with --accumulate "
+            f"{run.accumulate} each meets {micro_batch * world - 1} others, not {run.batch - 1}, which is "
+            "another loss than without"
         )
     warmup = run.optim.warmup_epochs * steps_per_epoch
     if warmup >= total:
@@ -117,7 +125,7 @@ def make_plan(run: Run, images: Images, *, world: int, device: Literal["cuda", "
         device=device,
         precision=precision,
         world=world,
-        micro_batch=run.batch // (world * run.accumulate),
+        micro_batch=micro_batch,
         num_samples=len(images),
         steps_per_epoch=steps_per_epoch,
         left_out=left_out,
@@ -147,7 +155,12 @@ def run_facts(run: Run, plan: Plan, images: Images) -> dict[str, Any]:
     }
     facts["model"].pop("attention")  # the same numbers up to rounding
     facts |= {"world": plan.world, "precision": plan.precision, "total_steps": plan.total_steps}
-    facts["data"] = {"images": len(images), "fingerprint": images.fingerprint, "decoder": run.data.decoder}
+    facts["data"] = {
+        "images": len(images),
+        "fingerprint": images.fingerprint,
+        "decoder": run.data.decoder,
+        "augment": run.data.augment,
+    }
     return facts
 
 

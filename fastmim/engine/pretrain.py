@@ -27,7 +27,7 @@ from fastmim.engine.ranks import RankError, Ranks
 from fastmim.interop.mae import ENCODER, encoder_metadata, from_mae, part_of, read_weights, to_mae
 from fastmim.methods.base import Method
 from fastmim.optim import check_optimizer
-from fastmim.views import Batch
+from fastmim.views import Batch, augmented
 
 log = logging.getLogger("fastmim")
 
@@ -108,7 +108,7 @@ def train(p: Prepared, *, arguments: list[str] | None = None) -> None:
 
     loader = Loader(
         p.images,
-        p.method.views,
+        augmented(p.method.views, run.data.augment),
         order,
         config=run.data,
         channels=run.model.channels,

@@ -18,10 +18,11 @@
 A method sees three things: the uint8 views and sample keys of a `Batch`; index tensors of fixed size for
 what is visible and what is scored, drawn from the keys; and `peers`, through which contrastive methods
 gather the keys of other ranks. It owns every parameter that it trains, and its teacher if it has one,
-whose parameters carry requires_grad=False. The engine calls `forward` and `after_step`, hands the
-`views` to the data and keeps `encoder` when training ends. It knows nothing else of a method.
+whose parameters carry requires_grad=False. The engine calls `forward`, moves the `averages` after each step,
+hands the `views` to the data and keeps `encoder` when training ends. It knows nothing else of a method.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -36,6 +37,10 @@ class MethodConfig:
     """Choices of one method; a subclass names its fields."""
 
     name: ClassVar[str]
+    couples_batch: ClassVar[bool] = False  # whether the loss of an image depends on the others beside it
+
+    def check_batch(self, num_images: int) -> None:
+        """ValueError if a micro-batch of this many images, those of all ranks together, is too small."""
 
     def build(self, model: ViTConfig) -> "Method":
         """Make the method for an encoder of this size, initialised from torch's global generator."""
@@ -81,8 +86,28 @@ class Method(nn.Module):
     def forward(self, batch: Batch) -> Output:
         raise NotImplementedError
 
+    def averages(self) -> Sequence[tuple[nn.Module, nn.Module]]:
+        """(teacher, student) modules of this method: every parameter of a teacher follows the student's.
+
+        Pairs of one class and size; the teacher's parameters start as copies and carry requires_grad=False.
+        After each step the engine moves all of them in one launch, t <- m t + (1 - m) s, in fp32 and on the
+        master weights, whatever the precision and the sharding of the run.
+        """
+        return ()
+
+    def momentum(self, progress: float) -> float:
+        """m of the averages after a step that ends at this fraction of training, in (0, 1]."""
+        raise NotImplementedError
+
     def after_step(self, progress: float) -> None:
-        """Called after each optimizer step with the fraction of training done. An EMA teacher moves here."""
+        """Called after each optimizer step, and after the averages, with the fraction of training done."""
+
+    def diagnose(self, row: Mapping[str, float]) -> str | None:
+        """What is wrong with this row of `metrics.jsonl` and what to try, in a line; None if nothing is.
+
+        Asked about each interval's last row; the engine prints the first answer, once.
+        """
+        return None
 
     def reconstruct(self, batch: Batch) -> Reconstruction | None:
         """Predicted pixels of a batch, without gradient; None for a method that predicts none."""

@@ -99,9 +99,6 @@ def test_views_of_one_crop_must_agree():
     assert crops_of([VIEW, small, View(size=(96, 96), crop=4)]).keys() == {0, 4}
     for views, message in [
         ([VIEW, View(size=(8, 8), scale=(0.5, 1.0))], "one scale, ratio and flip for crop 0"),
-        ([View(size=(8, 0))], "size >= 1"),
-        ([View(size=(8, 8), scale=(0.0, 1.0))], "scale"),
-        ([View(size=(8, 8), flip=1.5)], "flip"),
         ([], "at least one view"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -11,6 +11,7 @@ from PIL import Image
 from fastmim.data import find_images, why_no_dali
 from fastmim.data.crop import crops_of, draw_boxes
 from fastmim.data.decoder import Rejected, Request, make_decoder
+from fastmim.data.draws import Draws
 from fastmim.data.header import BadImage, image_size
 from fastmim.views import View
 
@@ -24,12 +25,17 @@ def decode(name, data, views, box=BOX, flip=False, channels=3):
     decoder = make_decoder(
         name, views, batch=len(data), channels=channels, threads=2, depth=1, device=torch.device("cpu")
     )
-    crops = {view.crop for view in views}
-    boxes = {crop: np.array([box] * len(data), np.int32) for crop in crops}
-    decoder.submit(Request(data, boxes, {crop: np.full(len(data), flip) for crop in crops}))
+    decoder.submit(Request(data, draws_of(views, [box] * len(data), flip)))
     out = decoder.result()
     decoder.close()
     return out
+
+
+def draws_of(views, boxes, flip=False):
+    """The same boxes for every crop, and no draws of windows and colours."""
+    crops, boxes = {view.crop for view in views}, np.array(boxes, np.int32)
+    flips = np.full(len(boxes), flip) if isinstance(flip, bool) else flip
+    return Draws(dict.fromkeys(crops, boxes), dict.fromkeys(crops, flips), {}, {})
 
 
 def plain(data, size, mode="RGB", box=BOX, resample=Image.Resampling.BICUBIC):
@@ -116,8 +122,8 @@ def test_enlarging_and_tiny_images(decoder):
 def test_results_come_in_order_and_stay(decoder):
     views = [View(size=(16, 16))]
     busy = make_decoder(decoder, views, batch=2, channels=3, threads=2, depth=3, device=torch.device("cpu"))
-    boxes, flips = {0: np.array([BOX, BOX], np.int32)}, {0: np.zeros(2, bool)}
-    requests = [Request([encode(i), encode(i + 50)], boxes, flips) for i in range(12)]
+    draws = draws_of(views, [BOX, BOX])
+    requests = [Request([encode(i), encode(i + 50)], draws) for i in range(12)]
     results = []
     for i, request in enumerate(requests):
         busy.submit(request)
@@ -133,11 +139,11 @@ def test_a_rejected_request_names_its_slots_and_leaves_the_decoder_usable(decode
     views, good = [View(size=(16, 16))], encode(0)
     bad = good[: good.index(b"\xff\xdb") + 5] + b"\x00" * 40 + b"\xff\xd9"
     busy = make_decoder(decoder, views, batch=4, channels=3, threads=2, depth=2, device=torch.device("cpu"))
-    boxes, flips = {0: np.array([BOX] * 4, np.int32)}, {0: np.zeros(4, bool)}
+    draws = draws_of(views, [BOX] * 4)
     slots = set()
     for data in ([good, bad, good, bad], [good, good, good, bad], [good] * 4):
-        busy.submit(Request(data, boxes, flips))
-        busy.submit(Request([good] * 4, boxes, flips))
+        busy.submit(Request(data, draws))
+        busy.submit(Request([good] * 4, draws))
         if bad not in data:
             break
         with pytest.raises(Rejected) as rejected:
@@ -161,7 +167,7 @@ def test_parity_on_imagenet(imagenet):
         decoder = make_decoder(
             name, [view], batch=len(data), channels=3, threads=2, depth=1, device=torch.device("cpu")
         )
-        decoder.submit(Request(data, {0: boxes}, {0: flips}))
+        decoder.submit(Request(data, draws_of([view], boxes, flips)))
         results.append(decoder.result()[0].float())
         decoder.close()
     all_pillow = torch.stack(

@@ -1,10 +1,10 @@
 """Planted faults of the colours: each must turn a test red (`make mutants`)."""
 
-TESTS = ["tests/ops/test_color_jitter.py", "tests/ops/test_color_blur.py", "tests/data/test_colour.py"]
+TESTS = ["tests/ops/test_color_jitter.py", "tests/ops/test_color_blur.py", "tests/data/test_color.py"]
 JITTER = "kernels/fastmim_kernels/color_jitter.py"
 BLUR = "kernels/fastmim_kernels/color_blur.py"
 JITTER_CPP, BLUR_CPP = "csrc/color_jitter.cpp", "csrc/color_blur.cpp"
-DRAWS = "fastmim/data/colour.py"
+DRAWS = "fastmim/data/color.py"
 FAULTS = [
     # the reference
     (
@@ -137,7 +137,7 @@ FAULTS = [
     (DRAWS, "(middle - strengths).clamp(min=0)", "middle - strengths", "factors below 0", "ranges"),
     (DRAWS, "& (strengths > 0)[order]", "& (strengths > 0)", "a strength for its place", "no_strength"),
     (DRAWS, "STREAM + draw)", "STREAM)", "every view has the same colours", "independent"),
-    (DRAWS, "u[:, 6] < colour.grey", "u[:, 0] < colour.grey", "grey comes with jitter", "independent"),
+    (DRAWS, "u[:, 6] < color.grey", "u[:, 0] < color.grey", "grey comes with jitter", "independent"),
     (DRAWS, "u[:, 5] * len(ORDERS)", "u[:, 5] * 23", "an order is never drawn", "permutations"),
     (
         DRAWS,

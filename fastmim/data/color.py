@@ -19,46 +19,15 @@ from fastmim_kernels import color_blur, color_jitter
 from fastmim_kernels.philox import draw_uniform
 from torch import Tensor
 
+from fastmim.views import Color
+
 STREAM = 300
 WORDS = 10
 ORDERS = tuple(permutations(range(4)))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Colour:
-    """Strengths and probabilities of one view; each is off as it stands."""
-
-    brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0  # of the whole circle
-    jitter: float = 0.0  # probability of these four
-    grey: float = 0.0
-    blur: float = 0.0
-    sigma: tuple[float, float] = (0.1, 2.0)  # pixels
-    solarise: float = 0.0
-
-    def __post_init__(self) -> None:
-        if min(self.brightness, self.contrast, self.saturation, self.hue) < 0 or self.hue > 0.5:
-            raise ValueError(f"want strengths of at least 0 and a hue of at most 0.5, got {self}")
-        if not all(0 <= p <= 1 for p in (self.jitter, self.grey, self.blur, self.solarise)):
-            raise ValueError(f"want probabilities from 0 to 1, got {self}")
-        if not 0 < self.sigma[0] <= self.sigma[1] <= 100:
-            raise ValueError(f"want 0 < sigma <= 100, ascending, got {self}")
-
-
-C_MAE = Colour(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, jitter=0.8, grey=0.2)
-SIMSIAM = Colour(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, jitter=0.8, grey=0.2, blur=0.5)
-# the two views of BYOL and MoCo v3, the two large crops of DINO; its small ones
-BYOL_FIRST = Colour(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, jitter=0.8, grey=0.2, blur=1.0)
-BYOL_SECOND = Colour(
-    brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, jitter=0.8, grey=0.2, blur=0.1, solarise=0.2
-)
-DINO_SMALL = Colour(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, jitter=0.8, grey=0.2, blur=0.5)
-
-
 @dataclass(frozen=True)
-class ColourDraws:
+class ColorDraws:
     """What each sample gets, on the CPU, in the form that the ops take."""
 
     order_B4: Tensor  # int64: which stage comes at each place, -1 for none
@@ -68,30 +37,30 @@ class ColourDraws:
     solarise_B: Tensor  # bool
 
 
-def draw_colours(keys_B: Tensor, colour: Colour, draw: int = 0) -> ColourDraws:
-    """What `colour` draws for these keys, which are on the CPU; another `draw` is independent."""
+def draw_colors(keys_B: Tensor, color: Color, draw: int = 0) -> ColorDraws:
+    """What `color` draws for these keys, which are on the CPU; another `draw` is independent."""
     if keys_B.device.type != "cpu" or draw < 0:
         raise ValueError(f"want keys on the CPU and draw >= 0, got {keys_B.device} and {draw}")
     u = draw_uniform(keys_B, WORDS, STREAM + draw)
     strengths = torch.tensor(
-        [colour.brightness, colour.contrast, colour.saturation, colour.hue], dtype=torch.float64
+        [color.brightness, color.contrast, color.saturation, color.hue], dtype=torch.float64
     )
     middle = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
     low = torch.where(middle == 1, (middle - strengths).clamp(min=0), -strengths)
     factors = low + u[:, 1:5] * (middle + strengths - low)
     order = torch.tensor(ORDERS)[(u[:, 5] * len(ORDERS)).long()]
-    order = torch.where((u[:, :1] < colour.jitter) & (strengths > 0)[order], order, -1)
-    sigmas = colour.sigma[0] + u[:, 8] * (colour.sigma[1] - colour.sigma[0])
-    return ColourDraws(
+    order = torch.where((u[:, :1] < color.jitter) & (strengths > 0)[order], order, -1)
+    sigmas = color.sigma[0] + u[:, 8] * (color.sigma[1] - color.sigma[0])
+    return ColorDraws(
         order_B4=order,
         factors_B4=factors.float(),
-        grey_B=u[:, 6] < colour.grey,
-        sigmas_B=torch.where(u[:, 7] < colour.blur, sigmas, 0).float(),
-        solarise_B=u[:, 9] < colour.solarise,
+        grey_B=u[:, 6] < color.grey,
+        sigmas_B=torch.where(u[:, 7] < color.blur, sigmas, 0).float(),
+        solarise_B=u[:, 9] < color.solarise,
     )
 
 
-def apply_colours(images_BHWC: Tensor, draws: ColourDraws) -> Tensor:
+def apply_colors(images_BHWC: Tensor, draws: ColorDraws) -> Tensor:
     """Jitter, greyscale, blur, solarise: uint8 `[B, H, W, C]`, on any device, -> the same."""
     d = draws
     if not bool((d.sigmas_B > 0).any()):

@@ -11,20 +11,11 @@ import torch
 from fastmim_kernels.philox import draw_uniform, sample_keys
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from fastmim.data.colour import (
-    BYOL_FIRST,
-    BYOL_SECOND,
-    C_MAE,
-    DINO_SMALL,
-    ORDERS,
-    SIMSIAM,
-    Colour,
-    apply_colours,
-    draw_colours,
-)
+from fastmim.data.color import ORDERS, apply_colors, draw_colors
+from fastmim.views import BYOL_FIRST, BYOL_SECOND, C_MAE, DINO_SMALL, SIMSIAM, Color
 
 COUNT = 24_000
-WILD = Colour(
+WILD = Color(
     brightness=1.4, contrast=0.3, saturation=0.8, hue=0.4, jitter=0.6, grey=0.3, blur=0.7, solarise=0.25
 )
 
@@ -46,19 +37,19 @@ def assert_share(flags, p, name):
     assert abs(flags.double().mean() - p) <= 4 * math.sqrt(p * (1 - p) / n), name
 
 
-@pytest.mark.parametrize("colour", [C_MAE, SIMSIAM, BYOL_FIRST, BYOL_SECOND, DINO_SMALL, WILD])
-def test_probabilities_and_ranges(colour):
-    d = draw_colours(keys(COUNT), colour)
-    assert_share((d.order_B4 >= 0).any(1), colour.jitter, "jitter")
-    assert_share(d.grey_B, colour.grey, "grey")
-    assert_share(d.sigmas_B > 0, colour.blur, "blur")
-    assert_share(d.solarise_B, colour.solarise, "solarise")
+@pytest.mark.parametrize("color", [C_MAE, SIMSIAM, BYOL_FIRST, BYOL_SECOND, DINO_SMALL, WILD])
+def test_probabilities_and_ranges(color):
+    d = draw_colors(keys(COUNT), color)
+    assert_share((d.order_B4 >= 0).any(1), color.jitter, "jitter")
+    assert_share(d.grey_B, color.grey, "grey")
+    assert_share(d.sigmas_B > 0, color.blur, "blur")
+    assert_share(d.solarise_B, color.solarise, "solarise")
     for i, name in enumerate(("brightness", "contrast", "saturation", "hue")):
-        s = getattr(colour, name)
+        s = getattr(color, name)
         low, high = (-s, s) if name == "hue" else (max(0, 1 - s), 1 + s)
         # fp32 may round an end outwards by half a unit
         assert_uniform(d.factors_B4[:, i], low - 1e-7, high + 1e-7, name)
-    if colour.blur:
+    if color.blur:
         assert_uniform(d.sigmas_B[d.sigmas_B > 0], 0.1, 2.0000001, "sigma")
 
 
@@ -71,13 +62,13 @@ def test_the_recipes_are_the_published_ones():
         (0.4, 0.4, 0.2, 0.1, 0.8, 0.2, 0.1, 0.2): BYOL_SECOND,
         (0.4, 0.4, 0.2, 0.1, 0.8, 0.2, 0.5, 0.0): DINO_SMALL,
     }
-    for values, colour in published.items():
-        assert tuple(getattr(colour, name) for name in four) == values
-        assert colour.sigma == (0.1, 2.0)
+    for values, color in published.items():
+        assert tuple(getattr(color, name) for name in four) == values
+        assert color.sigma == (0.1, 2.0)
 
 
 def test_orders_are_uniform_permutations():
-    d = draw_colours(keys(COUNT), replace(WILD, jitter=1.0))
+    d = draw_colors(keys(COUNT), replace(WILD, jitter=1.0))
     count = Counter(map(tuple, d.order_B4.tolist()))
     assert set(count) == set(ORDERS)
     expected = COUNT / 24
@@ -86,21 +77,21 @@ def test_orders_are_uniform_permutations():
 
 def test_a_stage_of_no_strength_is_left_out():
     """Hue has no factor that changes nothing: through HSV and back is not the identity."""
-    all_four = draw_colours(keys(64), replace(WILD, jitter=1.0)).order_B4
+    all_four = draw_colors(keys(64), replace(WILD, jitter=1.0)).order_B4
     for stage, name in enumerate(("brightness", "contrast", "saturation", "hue")):
-        order = draw_colours(keys(64), replace(WILD, jitter=1.0, **{name: 0.0})).order_B4
+        order = draw_colors(keys(64), replace(WILD, jitter=1.0, **{name: 0.0})).order_B4
         assert torch.equal(order, torch.where(all_four == stage, -1, all_four))
-    assert draw_colours(keys(64), Colour(jitter=1.0)).order_B4.unique().tolist() == [-1]
-    assert draw_colours(keys(64), replace(WILD, jitter=0.0)).order_B4.unique().tolist() == [-1]
+    assert draw_colors(keys(64), Color(jitter=1.0)).order_B4.unique().tolist() == [-1]
+    assert draw_colors(keys(64), replace(WILD, jitter=0.0)).order_B4.unique().tolist() == [-1]
 
 
 def test_draws_are_independent_of_one_another():
-    d = draw_colours(keys(COUNT), replace(WILD, blur=0.5))
+    d = draw_colors(keys(COUNT), replace(WILD, blur=0.5))
     jittered = (d.order_B4 >= 0).any(1)
     u = draw_uniform(keys(COUNT), 10, 300)
     columns = [*d.factors_B4.T, jittered, d.grey_B, d.sigmas_B, d.solarise_B, u[:, 5]]
     crop = draw_uniform(keys(COUNT), 4, 100).T  # of crop.py
-    other = draw_colours(keys(COUNT), WILD, draw=1)
+    other = draw_colors(keys(COUNT), WILD, draw=1)
     columns += [*crop, *other.factors_B4.T, other.grey_B, other.solarise_B]
     correlation = np.corrcoef(np.stack([c.double().numpy() for c in columns]))
     assert np.abs(correlation[np.triu_indices(len(columns), 1)]).max() < 4.5 / math.sqrt(COUNT)
@@ -108,13 +99,11 @@ def test_draws_are_independent_of_one_another():
 
 def test_a_sample_has_its_draw_wherever_it_comes():
     """Any batch, place or rank; and a word means the same in every recipe."""
-    whole, part = draw_colours(keys(64), WILD, 2), draw_colours(keys(64)[40:43], WILD, 2)
+    whole, part = draw_colors(keys(64), WILD, 2), draw_colors(keys(64)[40:43], WILD, 2)
     for field in fields(whole):
         assert torch.equal(getattr(whole, field.name)[40:43], getattr(part, field.name)), field.name
-    assert not torch.equal(draw_colours(keys(64, seed=1), WILD, 2).factors_B4, whole.factors_B4)
-    assert torch.equal(
-        draw_colours(keys(64), replace(WILD, grey=0.9, blur=0), 2).factors_B4, whole.factors_B4
-    )
+    assert not torch.equal(draw_colors(keys(64, seed=1), WILD, 2).factors_B4, whole.factors_B4)
+    assert torch.equal(draw_colors(keys(64), replace(WILD, grey=0.9, blur=0), 2).factors_B4, whole.factors_B4)
     u = draw_uniform(keys(64), 10, 302)
     assert torch.equal(whole.solarise_B, u[:, 9] < 0.25)
     assert torch.equal(whole.factors_B4[:, 0], (u[:, 1] * 2.4).float())
@@ -136,35 +125,35 @@ def one_by_pillow(image, d, b):
     return torch.from_numpy(np.array(ImageOps.solarize(x) if d.solarise_B[b] else x))
 
 
-@pytest.mark.parametrize("colour", [C_MAE, SIMSIAM, BYOL_FIRST, BYOL_SECOND, WILD, replace(WILD, blur=0.0)])
-def test_what_is_applied_is_pillows(colour):
+@pytest.mark.parametrize("color", [C_MAE, SIMSIAM, BYOL_FIRST, BYOL_SECOND, WILD, replace(WILD, blur=0.0)])
+def test_what_is_applied_is_pillows(color):
     rng = np.random.default_rng(0)
     images = torch.from_numpy(rng.integers(0, 256, (48, 20, 28, 3), dtype=np.uint8))
-    d = draw_colours(keys(48), colour)
+    d = draw_colors(keys(48), color)
     expected = torch.stack([one_by_pillow(image, d, b) for b, image in enumerate(images)])
-    assert torch.equal(apply_colours(images, d), expected)
+    assert torch.equal(apply_colors(images, d), expected)
 
 
 def test_draws_leave_the_generators_alone():
     torch.manual_seed(0), random.seed(0)
     before = torch.get_rng_state(), random.getstate()
-    draw_colours(keys(8), WILD)
+    draw_colors(keys(8), WILD)
     assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
 
 
 def test_rejects_what_is_no_colour():
     for bad in ({"brightness": -0.1}, {"hue": 0.51}):
         with pytest.raises(ValueError, match="want strengths"):
-            Colour(**bad)
+            Color(**bad)
     for bad in ({"jitter": 1.1}, {"grey": -0.1}, {"blur": 2.0}, {"solarise": float("nan")}):
         with pytest.raises(ValueError, match="want probabilities"):
-            Colour(**bad)
+            Color(**bad)
     for bad in ((0.0, 1.0), (2.0, 1.0), (1.0, 101.0)):
         with pytest.raises(ValueError, match="want 0 < sigma"):
-            Colour(sigma=bad)
+            Color(sigma=bad)
     with pytest.raises(ValueError, match="want keys on the CPU and draw >= 0"):
-        draw_colours(keys(2), WILD, -1)
+        draw_colors(keys(2), WILD, -1)
     with pytest.raises(ValueError, match="want keys on the CPU"):
-        draw_colours(keys(2).to("meta"), WILD)
+        draw_colors(keys(2).to("meta"), WILD)
     with pytest.raises(ValueError, match="want keys int64"):
-        draw_colours(keys(2).int(), WILD)
+        draw_colors(keys(2).int(), WILD)
