@@ -1,8 +1,8 @@
 """The contract of the decoders: requests go in, micro-batches of views come out in the same order.
 
 A decoder holds up to `depth` requests and works on them while the caller does something else. It decides
-nothing: all draws come with the request. What it decodes is cut, resized, flipped and coloured by the same ops
-whatever the decoder: the pixels of a view depend on it only as far as two JPEG decoders differ.
+nothing: all draws come with the request. What it decodes is cut, resized, flipped and coloured by the same
+ops whatever the decoder: the pixels of a view depend on it only as far as two JPEG decoders differ.
 """
 
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ class Decoder(Protocol):
 
 
 def cut_views(views: Sequence[View], images: Sequence[Tensor], draws: Draws) -> tuple[Tensor, ...]:
-    """Views uint8 `[B, H, W, C]` of decoded images `[H_b, W_b, C]`, in one go for those of one resized crop."""
+    """Views uint8 `[B, H, W, C]` of decoded images `[H_b, W_b, C]`; what several are made of is made once."""
     resized: dict[tuple[object, ...], Tensor] = {}
     cut = []
     for i, view in enumerate(views):
@@ -76,10 +76,8 @@ def cut_views(views: Sequence[View], images: Sequence[Tensor], draws: Draws) -> 
 
 def window(master_BHWC: Tensor, view: View, draws: Draws) -> Tensor:
     """The window of each master, at its drawn corner: a box of its own size, which the resize copies."""
-    corner_B2 = (
-        draws.windows[view.draw] if view.shift else torch.zeros(len(master_BHWC), 2, dtype=torch.int64)
-    )
     size_B2 = torch.tensor(view.size).expand(len(master_BHWC), 2)
+    corner_B2 = draws.windows[view.draw] if view.shift else torch.zeros_like(size_B2)
     return resized_crop(master_BHWC.unbind(0), torch.cat([corner_B2, size_B2], 1), view.size)
 
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from fastmim_kernels.philox import draw_uniform
 from torch import Tensor
 
