@@ -97,7 +97,7 @@ def make_plan(run: Run, images: Images, *, world: int, device: Literal["cuda", "
     if run.batch > len(images):
         raise ValueError(f"batch: want at most the {len(images)} images there are, got {run.batch}")
     micro_batch = run.batch // (world * run.accumulate)
-    run.method.check_batch(micro_batch * world)
+    run.method.check_batch(micro_batch, world)
     steps_per_epoch, left_out = divmod(len(images), run.batch)
     total = run.steps if run.steps is not None else max(1, round(run.epochs * steps_per_epoch))
     notes = []

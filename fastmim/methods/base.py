@@ -39,8 +39,8 @@ class MethodConfig:
     name: ClassVar[str]
     couples_batch: ClassVar[bool] = False  # whether the loss of an image depends on the others beside it
 
-    def check_batch(self, num_images: int) -> None:
-        """ValueError if a micro-batch of this many images, those of all ranks together, is too small."""
+    def check_batch(self, micro_batch: int, ranks: int) -> None:
+        """ValueError if the method cannot work on micro-batches of this many images on each of the ranks."""
 
     def build(self, model: ViTConfig) -> "Method":
         """Make the method for an encoder of this size, initialised from torch's global generator."""

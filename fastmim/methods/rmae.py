@@ -25,7 +25,7 @@ from fastmim_kernels import norm_pix_loss, split_patches
 from torch import Tensor
 
 from fastmim.methods.base import Output
-from fastmim.methods.mae import MAE, MAEConfig, check_ratio, num_seen_checked
+from fastmim.methods.mae import MAE, MAEConfig, check_ratio, num_seen_checked, scored_mean
 from fastmim.models.mae_decoder import Decoder
 from fastmim.models.vit import ViTConfig, split_views
 from fastmim.views import Batch
@@ -51,6 +51,7 @@ class RMAEConfig(MAEConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_ratio("method.mask-ratio", self.mask_ratio)  # something must be hidden from T1
         check_ratio("method.t2-ratio", self.t2_ratio)
         if self.relax_weight < 0:
             raise ValueError(f"method.relax-weight: want 0 or more, got {self.relax_weight}")
@@ -69,15 +70,15 @@ class RMAE(MAE):
             self.num_seen2 = num_seen_checked("method.t2-ratio", model.num_patches, config.t2_ratio)
 
     def forward(self, batch: Batch) -> Output:
-        (image_BHWC,) = batch.views
+        shown_BHWC, target_BHWC, _ = self.images(batch)
         seen1_BK, seen2_BK, scored_BL, weight_BL = self.transform(batch.keys_B)
 
-        z_BTD = self.encoder(image_BHWC, seen1_BK, seen2_BK)
+        z_BTD = self.encoder(shown_BHWC, seen1_BK, seen2_BK)
         pred1_BLP, pred2_BLP = self.decode(z_BTD, (seen1_BK, seen2_BK), scored_BL)
 
         target_BLP = pred2_BLP.detach() if self.config.detach_target == "distance" else pred2_BLP
         distance_M = norm_pix_loss(pred1_BLP.flatten(0, 1), target_BLP.flatten(0, 1), normalize=False)
-        anchor_BL = self.pixel_loss(pred2_BLP, image_BHWC, scored_BL)
+        anchor_BL = self.pixel_loss(pred2_BLP, target_BHWC, scored_BL)
         distance = scored_mean(distance_M.view_as(anchor_BL), weight_BL)
         anchor = scored_mean(anchor_BL, weight_BL)
         loss = distance + self.config.relax_weight * anchor
@@ -86,7 +87,7 @@ class RMAE(MAE):
     def transform(self, keys_B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """What T1 and T2 show, the patches T1 hides, and 0/1 weights `[B, L]` if not all of these score."""
         N = self.model.num_patches
-        seen1_BK, hidden1_BL = split_patches(keys_B, N, self.num_seen)
+        seen1_BK, hidden1_BL = self.split(keys_B)
         if self.config.t2 == "complement":
             return seen1_BK, hidden1_BL, hidden1_BL, None
         if self.config.t2 == "full":
@@ -104,10 +105,3 @@ class RMAE(MAE):
         (pred1_BLP,) = self.decoder(z1_BTD, seen[:1], scored_BL)
         (pred2_BLP,) = self.decoder2(z2_BTD, seen[1:], scored_BL)
         return pred1_BLP, pred2_BLP
-
-
-def scored_mean(loss_BL: Tensor, weight_BL: Tensor | None) -> Tensor:
-    """Mean over the scored patches of the micro-batch: Sum w l / Sum w, 0 if there are none."""
-    if weight_BL is None:
-        return loss_BL.mean()
-    return (loss_BL * weight_BL).sum() / weight_BL.sum().clamp(min=1)

@@ -9,8 +9,9 @@ from fastmim_kernels.testing import assert_no_worse
 
 from fastmim.interop.mae import to_mae
 from fastmim.methods.mae import MAE, MAEConfig
+from fastmim.models.cutmix import cutmix_mask
 from fastmim.models.vit import ViTConfig
-from fastmim.views import Batch
+from fastmim.views import C_MAE, Batch
 
 from .conftest import DECODER, MODEL, assert_overfits, make_batch
 from .plain import decode, encode, patch_targets, visible_mask
@@ -110,3 +111,55 @@ def test_bad_ratios_are_refused():
         MAEConfig(mask_ratio=0.99).build(MODEL)
     with pytest.raises(ValueError, match="of 24 patches hides none"):
         MAEConfig(mask_ratio=1e-20).build(MODEL)
+
+
+# --- colours, CutMix, nothing hidden: tables 4 and 5 of arXiv:2208.04164 --------------------------------
+
+
+def coloured_batch(mae, size=6):
+    """A batch of the method's views; where there are two, the second is another picture."""
+    first = make_batch(size)
+    views = tuple(make_batch(size, seed=3 + i).views[0] for i in range(len(mae.views)))
+    return dataclasses.replace(first, views=views)
+
+
+def plain_mixed(image, foreign, patch):
+    mixed = image.clone()
+    for b, n in foreign.nonzero().tolist():
+        top, left = n // MODEL.grid[1] * patch, n % MODEL.grid[1] * patch
+        mixed[b, top : top + patch, left : left + patch] = image[
+            b ^ 1, top : top + patch, left : left + patch
+        ]
+    return mixed
+
+
+@pytest.mark.parametrize("color", ["none", "visible", "whole"])
+@pytest.mark.parametrize("cutmix", [False, True])
+@pytest.mark.parametrize("mask_ratio", [0.75, 0.0])
+def test_the_clean_image_is_the_target(color, cutmix, mask_ratio):
+    """Scored: what is hidden; where nothing is, what was replaced; without CutMix either, everything."""
+    mae = make_mae(color=color, cutmix=cutmix, mask_ratio=mask_ratio)
+    assert [view.color for view in mae.views] == {
+        "none": [None], "visible": [C_MAE, None], "whole": [C_MAE]
+    }[color]  # fmt: skip
+    batch = coloured_batch(mae)
+    shown, target = batch.views[0], batch.views[-1]
+    foreign = cutmix_mask(batch.keys_B, MODEL.grid)
+    assert foreign.any() and not foreign.all()
+    seen, _ = split_patches(batch.keys_B, MODEL.num_patches, mae.num_seen)
+    visible = visible_mask(seen, MODEL.num_patches)
+    scored = ~visible if mask_ratio else foreign if cutmix else torch.ones_like(visible)
+    shown = plain_mixed(shown, foreign, MODEL.patch) if cutmix else shown
+    w = {name: t.double() for name, t in to_mae(mae.state_dict()).items()}
+    pred = decode(encode(shown, visible, w, MODEL.patch, MODEL.heads), visible, w, DECODER.heads)
+    error = (pred - patch_targets(target, MODEL.patch, torch.float64)).square().mean(-1)
+    expected = error[scored].sum() / scored.sum()
+    torch.testing.assert_close(mae(batch).loss.double(), expected, rtol=2e-6, atol=0)
+    assert torch.equal(mae.reconstruct(batch).image_BHWC, target)
+
+
+def test_cutmix_wants_pairs():
+    with pytest.raises(ValueError, match="even number of images per micro-batch, got 3"):
+        MAEConfig(cutmix=True).check_batch(3, 2)
+    MAEConfig(cutmix=True).check_batch(2, 3)
+    MAEConfig().check_batch(1, 1)

@@ -160,6 +160,8 @@ def test_it_can_overfit_one_batch(batch):
 def test_bad_choices_are_refused():
     with pytest.raises(ValueError, match="relax-weight: want 0 or more, got -1"):
         RMAEConfig(relax_weight=-1.0)
+    with pytest.raises(ValueError, match="mask-ratio: want a ratio between 0 and 1, got 0"):
+        RMAEConfig(mask_ratio=0.0)
     with pytest.raises(ValueError, match="t2-ratio: want a ratio between 0 and 1, got 0"):
         RMAEConfig(t2_ratio=0.0)
 
