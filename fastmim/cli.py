@@ -1,9 +1,10 @@
-"""fastmim <command>: train, export, data, doctor.
+"""fastmim <command>: train, export, data, knn, ridge, doctor.
 
 fastmim train --method rmae             what `python fastmim/train.py` does, in one process
 fastmim export RUN_DIR mae.pth          a run's weights as a checkpoint of facebookresearch/mae
 fastmim data pack SRC DST               a set as tar shards, which are read fastest (--short-side 256)
 fastmim data verify|index|stats PATH    which images are bad; index it anew; what it is like
+fastmim knn RUN_DIR --train A --test B  how well nearest neighbours read its frozen features; also: ridge
 fastmim doctor [--json]                 what this machine will run on, and why
 """
 
@@ -14,6 +15,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 
@@ -76,6 +78,29 @@ def data(arguments: list[str]) -> None:
         parser.exit(130, "fastmim: interrupted\n")
 
 
+def probe(name: str, arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog=f"fastmim {name}", description="Read an encoder's frozen features of labelled images."
+    )
+    parser.add_argument("run_dir", type=Path, help="a run directory, or an encoder.safetensors")
+    parser.add_argument("--train", type=Path, required=True, help="labelled images to read from")
+    parser.add_argument("--test", type=Path, required=True, help="labelled images to be read")
+    parser.add_argument(
+        "--crop", type=float, default=224 / 256, help="central part of the short side (0.875)"
+    )
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="decoding threads")
+    args = parser.parse_args(arguments)
+    from fastmim.engine.evaluate import evaluate
+
+    try:
+        for what, value in evaluate(
+            name, args.run_dir, args.train, args.test, fraction=args.crop, threads=args.workers
+        ):
+            print(f"{what:>18}  {value:.4g}" if "lambda" in what else f"{what:>18}  {100 * value:.2f} %")
+    except ValueError as error:
+        parser.exit(2, f"fastmim: error: {error}\n")
+
+
 def doctor(arguments: list[str]) -> None:
     from fastmim.engine.doctor import print_report, report
 
@@ -93,6 +118,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "export": export,
     "data": data,
+    "knn": partial(probe, "knn"),
+    "ridge": partial(probe, "ridge"),
     "doctor": doctor,
 }
 

@@ -64,7 +64,7 @@ class PillowDecoder:
 
     def _decode(self, data: bytes) -> Tensor:
         with Image.open(BytesIO(data), formats=FORMATS) as opened:
-            image = _as_bytes(opened).convert(MODE[self._channels])
+            image = as_bytes(opened).convert(MODE[self._channels])
         return torch.from_numpy(np.array(image).reshape(image.height, image.width, self._channels))
 
     def _forget(self) -> None:
@@ -78,7 +78,7 @@ class PillowDecoder:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _as_bytes(image: Image.Image) -> Image.Image:
+def as_bytes(image: Image.Image) -> Image.Image:
     """16-bit grey scaled to 8 bits, as DALI does; Pillow's own conversion would clip it to white."""
     if not image.mode.startswith("I"):
         return image

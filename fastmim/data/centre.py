@@ -1,0 +1,67 @@
+"""Centre crops, for evaluation: resized until the short side is as wanted, the middle cut out; no draws.
+
+    short side -> round(size / fraction), bicubic with antialiasing; then the central size x size pixels
+
+Source  Resize and CenterCrop of pytorch/vision on PIL images; 256 and 224 pixels, as in MAE's evaluation.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from fastmim_kernels import resized_crop
+from torch import Tensor
+
+from fastmim.data.header import BadImage
+from fastmim.data.images import Images
+from fastmim.data.pillow import MODE, as_bytes
+from fastmim.data.scan import in_order, read_image
+
+FRACTION = 224 / 256
+
+
+def centre_crop(image_HWC: Tensor, size: tuple[int, int], fraction: float = FRACTION) -> Tensor:
+    """The central `size` (h, w) pixels of a uint8 image resized to hold size / fraction. `[h, w, C]`."""
+    (height, width), (h, w) = image_HWC.shape[:2], size
+    tall, wide = round(h / fraction), round(w / fraction)
+    if tall * width >= wide * height:
+        wide = int(tall * width / height)
+    else:
+        tall = int(wide * height / width)
+    [resized] = resized_crop([image_HWC], torch.tensor([[0, 0, height, width]]), (tall, wide))
+    top, left = round((tall - h) / 2), round((wide - w) / 2)
+    return resized[top : top + h, left : left + w]
+
+
+def centre_crops(
+    images: Images,
+    size: tuple[int, int],
+    *,
+    channels: int = 3,
+    fraction: float = FRACTION,
+    batch: int = 256,
+    threads: int = 2,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """All images of a set in order of their ids, uint8 `[B, H, W, C]`, and the ids, int64 `[B]`.
+
+    ValueError, naming it, for an image that cannot be decoded, and for a fraction outside (0, 1].
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"want a centre crop of a fraction in (0, 1], got {fraction}")
+
+    def crop(sample_id: int) -> Tensor:
+        try:
+            _, image = read_image(images, sample_id)
+        except BadImage as error:
+            raise ValueError(
+                f"{images.names[sample_id]} in {images.root} cannot be decoded: {error}"
+            ) from None
+        pixels = np.array(as_bytes(image).convert(MODE[channels]))
+        return centre_crop(torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)), size, fraction)
+
+    crops: list[Tensor] = []
+    for sample_id, one in enumerate(in_order(crop, range(len(images)), threads)):
+        crops.append(one)
+        if len(crops) == batch or sample_id == len(images) - 1:
+            yield torch.stack(crops), torch.arange(sample_id + 1 - len(crops), sample_id + 1)
+            crops = []

@@ -1,0 +1,86 @@
+"""Frozen features of a run's encoder, read by kNN or by ridge regression: `fastmim knn`, `fastmim ridge`."""
+
+import ast
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fastmim.data import find_images
+from fastmim.data.centre import FRACTION, centre_crops
+from fastmim.evals.features import Feature, features_of
+from fastmim.evals.knn import knn
+from fastmim.evals.ridge import ridge
+from fastmim.models.vit import Encoder, ViTConfig
+
+PROBES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Iterator[tuple[str, float]]]] = {
+    "knn": knn,
+    "ridge": ridge,
+}
+
+
+def load_encoder(path: Path) -> Encoder:
+    """The encoder of a run directory, or of an encoder.safetensors with the sizes that a run writes into it.
+
+    ValueError if there is none, or if it is not ours.
+    """
+    path = path / "encoder.safetensors" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"want a run directory with its encoder.safetensors, got nothing at {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            encoder = Encoder(config_of(file.metadata() or {}))
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dictionary
+        encoder.load_state_dict(state)
+    except (SafetensorError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{path} is no encoder of a run: {error}") from error
+    return encoder
+
+
+def config_of(metadata: dict[str, str]) -> ViTConfig:
+    """What `encoder_metadata` wrote. KeyError for what is missing."""
+    width, depth, heads = (int(metadata[name]) for name in ("width", "depth", "heads"))
+    return ViTConfig(
+        width=width,
+        depth=depth,
+        heads=heads,
+        patch=int(metadata["patch"]),
+        channels=int(metadata["channels"]),
+        image_size=(int(metadata["image_height"]), int(metadata["image_width"])),
+        mean=tuple(ast.literal_eval(metadata["mean"])),
+        std=tuple(ast.literal_eval(metadata["std"])),
+    )
+
+
+def labelled_features(
+    encoder: Encoder, path: Path, *, fraction: float = FRACTION, device: torch.device, threads: int
+) -> tuple[dict[Feature, Tensor], Tensor, tuple[str, ...]]:
+    """Features of a labelled set's centre crops, its labels `[N]` and classes. ValueError without labels."""
+    images = find_images(path)
+    if images.labels is None:
+        raise ValueError(f"want images with labels, a folder of each class or shards that name it, in {path}")
+    config = encoder.config
+    crops = centre_crops(images, config.size, channels=config.channels, fraction=fraction, threads=threads)
+    found = features_of(encoder, (pixels for pixels, _ in crops), device)
+    return found, torch.from_numpy(images.labels).long().to(device), images.classes
+
+
+def evaluate(
+    name: str, run: Path, train: Path, test: Path, *, fraction: float, threads: int
+) -> Iterator[tuple[str, float]]:
+    """(feature/name, accuracy) for the class token and for the mean of the patches."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encoder = load_encoder(run)
+    known, labels, classes = labelled_features(
+        encoder, train, fraction=fraction, device=device, threads=threads
+    )
+    asked, truth, other = labelled_features(encoder, test, fraction=fraction, device=device, threads=threads)
+    if classes != other:
+        raise ValueError(
+            f"want the same classes in both sets, got {len(classes)} and {len(other)}, or others"
+        )
+    for feature in known:
+        for what, value in PROBES[name](known[feature], labels, asked[feature], truth):
+            yield f"{feature}/{what}", value
