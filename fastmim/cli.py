@@ -88,13 +88,22 @@ def probe(name: str, arguments: list[str]) -> None:
     parser.add_argument(
         "--crop", type=float, default=224 / 256, help="central part of the short side (0.875)"
     )
+    parser.add_argument("--most", type=int, metavar="N", help="N images of each set, evenly spaced (all)")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="decoding threads")
     args = parser.parse_args(arguments)
+    if (args.most is not None and args.most < 1) or args.workers < 1:
+        parser.exit(2, f"fastmim: error: want --most and --workers >= 1, got {args.most}, {args.workers}\n")
     from fastmim.engine.evaluate import evaluate
 
     try:
         for what, value in evaluate(
-            name, args.run_dir, args.train, args.test, fraction=args.crop, threads=args.workers
+            name,
+            args.run_dir,
+            args.train,
+            args.test,
+            fraction=args.crop,
+            most=args.most,
+            threads=args.workers,
         ):
             print(f"{what:>18}  {value:.4g}" if "lambda" in what else f"{what:>18}  {100 * value:.2f} %")
     except ValueError as error:

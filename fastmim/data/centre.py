@@ -5,7 +5,7 @@
 Source  Resize and CenterCrop of pytorch/vision on PIL images; 256 and 224 pixels, as in MAE's evaluation.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -37,12 +37,13 @@ def centre_crops(
     images: Images,
     size: tuple[int, int],
     *,
+    ids: Sequence[int] | None = None,
     channels: int = 3,
     fraction: float = FRACTION,
     batch: int = 256,
     threads: int = 2,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """All images of a set in order of their ids, uint8 `[B, H, W, C]`, and the ids, int64 `[B]`.
+    """The images of these ids (None: all) in their order, uint8 `[B, H, W, C]`, and the ids, int64 `[B]`.
 
     ValueError, naming it, for an image that cannot be decoded, and for a fraction outside (0, 1].
     """
@@ -59,9 +60,10 @@ def centre_crops(
         pixels = np.array(as_bytes(image).convert(MODE[channels]))
         return centre_crop(torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)), size, fraction)
 
+    ids = range(len(images)) if ids is None else ids
     crops: list[Tensor] = []
-    for sample_id, one in enumerate(in_order(crop, range(len(images)), threads)):
+    for done, one in enumerate(in_order(crop, ids, threads), start=1):
         crops.append(one)
-        if len(crops) == batch or sample_id == len(images) - 1:
-            yield torch.stack(crops), torch.arange(sample_id + 1 - len(crops), sample_id + 1)
+        if len(crops) == batch or done == len(ids):
+            yield torch.stack(crops), torch.tensor(ids[done - len(crops) : done])
             crops = []

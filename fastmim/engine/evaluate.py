@@ -3,7 +3,9 @@
 import ast
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -55,28 +57,40 @@ def config_of(metadata: dict[str, str]) -> ViTConfig:
 
 
 def labelled_features(
-    encoder: Encoder, path: Path, *, fraction: float = FRACTION, device: torch.device, threads: int
+    encoder: Encoder,
+    path: Path,
+    *,
+    fraction: float = FRACTION,
+    most: int | None = None,
+    device: torch.device,
+    threads: int,
 ) -> tuple[dict[Feature, Tensor], Tensor, tuple[str, ...]]:
-    """Features of a labelled set's centre crops, its labels `[N]` and classes. ValueError without labels."""
+    """Features of a labelled set's centre crops, its labels `[N]` and classes. ValueError without labels.
+
+    Of `most` images, if there are more: evenly spaced over the ids, so of each class its share where the
+    images of a class lie together.
+    """
     images = find_images(path)
     if images.labels is None:
         raise ValueError(f"want images with labels, a folder of each class or shards that name it, in {path}")
-    config = encoder.config
-    crops = centre_crops(images, config.size, channels=config.channels, fraction=fraction, threads=threads)
+    config, num = encoder.config, min(len(images), most or len(images))
+    ids = (np.arange(num) * len(images) // num).tolist()
+    crops = centre_crops(
+        images, config.size, ids=ids, channels=config.channels, fraction=fraction, threads=threads
+    )
     found = features_of(encoder, (pixels for pixels, _ in crops), device)
-    return found, torch.from_numpy(images.labels).long().to(device), images.classes
+    return found, torch.from_numpy(images.labels[ids]).long().to(device), images.classes
 
 
 def evaluate(
-    name: str, run: Path, train: Path, test: Path, *, fraction: float, threads: int
+    name: str, run: Path, train: Path, test: Path, *, fraction: float, most: int | None = None, threads: int
 ) -> Iterator[tuple[str, float]]:
     """(feature/name, accuracy) for the class token and for the mean of the patches."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder = load_encoder(run)
-    known, labels, classes = labelled_features(
-        encoder, train, fraction=fraction, device=device, threads=threads
-    )
-    asked, truth, other = labelled_features(encoder, test, fraction=fraction, device=device, threads=threads)
+    how: dict[str, Any] = {"fraction": fraction, "most": most, "device": device, "threads": threads}
+    known, labels, classes = labelled_features(encoder, train, **how)
+    asked, truth, other = labelled_features(encoder, test, **how)
     if classes != other:
         raise ValueError(
             f"want the same classes in both sets, got {len(classes)} and {len(other)}, or others"

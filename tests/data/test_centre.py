@@ -45,6 +45,8 @@ def test_all_of_a_set_in_order(folder):
     assert [len(ids) for _, ids in found] == [10, 10, 4]
     assert torch.equal(torch.cat([ids for _, ids in found]), torch.arange(24))
     pixels = torch.cat([crops for crops, _ in found])
+    [(some, ids)] = centre_crops(images, (16, 16), ids=[5, 2, 23])
+    assert ids.tolist() == [5, 2, 23] and torch.equal(some, pixels[[5, 2, 23]])
     for i in range(24):
         image = Image.open(BytesIO(images.read(i)))
         assert np.array_equal(pixels[i].numpy(), plain(image, 16, round(16 / 0.875)))

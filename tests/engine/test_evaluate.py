@@ -40,6 +40,8 @@ def test_features_are_those_of_the_encoder_it_was(run_dir, tmp_path):
     assert encoder.config.size == MODEL.size and encoder.config.pixel_mean == MODEL.pixel_mean
     found, labels, classes = labelled_features(encoder, folder, device=CPU, threads=1)
     assert classes == ("dark", "light") and labels.tolist() == [0, 0, 0, 1, 1, 1]
+    some, few, _ = labelled_features(encoder, folder, most=4, device=CPU, threads=1)
+    assert few.tolist() == [0, 0, 1, 1] and torch.equal(some["cls"], found["cls"][[0, 1, 3, 4]])
     torch.manual_seed(0)
     from fastmim.data import find_images
     from fastmim.data.centre import centre_crops
