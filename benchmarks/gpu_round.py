@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 OPS = (
     "norm_pix_loss_image", "gather_patches", "restore_tokens", "split_patches", "info_nce", "add_layer_norm",
-    "bias_gelu", "gather_tokens", "color_jitter", "ema_update", "attention",
+    "bias_gelu", "gather_tokens", "color_jitter", "resized_crop", "ema_update", "attention",
 )  # fmt: skip
 METHODS = ("mae", "rmae")
 PEERS = ("transformers", "timm")

@@ -19,8 +19,8 @@ TORCH_LIBRARY_FRAGMENT(fastmim, m) {
   m.def("native_restore_tokens(Tensor tokens, Tensor source, Tensor mask_token, Tensor pos) -> Tensor");
   m.def("native_restore_tokens_backward(Tensor dout, Tensor source, int num_tokens, bool need_tokens, bool need_mask, bool need_pos) -> (Tensor, Tensor, Tensor)");
 
-  // resized_crop.cpp: boxes int64 [B, 4]
-  m.def("native_resized_crop(Tensor[] images, Tensor boxes, Tensor flips, int height, int width, bool cubic) -> Tensor");
+  // resized_crop.cpp: boxes int64 [B, 4]; a filter is known by its support: 3 Lanczos, 2 cubic, 1 triangle
+  m.def("native_resized_crop(Tensor[] images, Tensor boxes, Tensor flips, int height, int width, int support) -> Tensor");
 
   // color_jitter.cpp: order int64 [B, 4], factors fp32 [B, 4]
   m.def("native_color_jitter(Tensor images, Tensor order, Tensor factors, Tensor grey, Tensor solarise) -> Tensor");

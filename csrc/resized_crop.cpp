@@ -12,20 +12,39 @@ namespace {
 constexpr int BITS = 22;           // of a weight's fraction: 255 times the weights of one pixel fit in 32 bits
 constexpr int64_t ROWS = 4;        // of one horizontal step: four rows of up to four channels fill a vector
 constexpr int64_t CHANNELS = LANES / ROWS;
+constexpr double PI = 3.141592653589793, THIRD = PI / 3;
+// of the sine's series, highest first
+constexpr double SINE[] = {1 / 51090942171709440000.0, -1 / 121645100408832000.0, 1 / 355687428096000.0,
+                           -1 / 1307674368000.0, 1 / 6227020800.0, -1 / 39916800.0, 1 / 362880.0,
+                           -1 / 5040.0, 1 / 120.0, -1 / 6.0};
 
 double bicubic(double x) {
-  x = std::abs(x);
   if (x < 1) return (1.5 * x - 2.5) * x * x + 1;
   return x < 2 ? (((x - 5) * x + 8) * x - 4) * -0.5 : 0;
 }
 
-double bilinear(double x) { return std::max(0.0, 1 - std::abs(x)); }
+double bilinear(double x) { return std::max(0.0, 1 - x); }
+
+// sinc(x) sinc(x / 3) with a sine of sums and products, which is the same on every processor.
+double lanczos(double x) {
+  if (x >= 3) return 0;
+  if (x == 0) return 1;
+  const double b = x * THIRD, r = std::min(b, PI - b), square = r * r;
+  double series = 0;
+  for (double coefficient : SINE) series = series * square + coefficient;
+  const double sine = r + r * square * series, s = sine * sine;
+  return s * (1 - s * 4 / 3) / (b * b);
+}
+
+double weight_of(int64_t support, double x) {
+  return support == 3 ? lanczos(x) : support == 2 ? bicubic(x) : bilinear(x);
+}
 
 // Which of `in` values make each of `out`, and with what weight.
 struct Taps {
-  void make(int64_t in, int64_t out, bool cubic) {
+  void make(int64_t in, int64_t out, int64_t reach) {
     const double scale = static_cast<double>(in) / out, wide = std::max(scale, 1.0);
-    const double support = (cubic ? 2.0 : 1.0) * wide;
+    const double support = reach * wide;
     width = static_cast<int64_t>(std::ceil(support)) * 2 + 1;
     first.resize(out), count.resize(out), weight.resize(out * width), exact.resize(width);
     for (int64_t i = 0; i < out; ++i) {
@@ -34,8 +53,8 @@ struct Taps {
       count[i] = std::min<int64_t>(in, static_cast<int64_t>(center + support + 0.5)) - first[i];
       double total = 0;
       for (int64_t t = 0; t < count[i]; ++t) {
-        const double x = (t + first[i] - center + 0.5) / wide;
-        total += exact[t] = cubic ? bicubic(x) : bilinear(x);
+        const double x = std::abs((t + first[i] - center + 0.5) / wide);
+        total += exact[t] = weight_of(reach, x);
       }
       for (int64_t t = 0; t < count[i]; ++t) {
         const double scaled = exact[t] / total * (1 << BITS);
@@ -67,12 +86,12 @@ inline Ints weighted(const uint8_t* from, int64_t stride, const int32_t* weight,
 template <int64_t C>
 class Resizer {
  public:
-  Resizer(int64_t height, int64_t width, bool cubic)
-      : height_(height), width_(width), cubic_(cubic), stride_((width * C + LANES - 1) / LANES * LANES) {}
+  Resizer(int64_t height, int64_t width, int64_t support)
+      : height_(height), width_(width), support_(support), stride_((width * C + LANES - 1) / LANES * LANES) {}
 
   void operator()(const uint8_t* box, int64_t line, int64_t box_h, int64_t box_w, bool flip, uint8_t* out) {
-    across_.make(box_w, width_, cubic_);
-    down_.make(box_h, height_, cubic_);
+    across_.make(box_w, width_, support_);
+    down_.make(box_h, height_, support_);
     middle_.resize(((box_h + ROWS - 1) / ROWS * ROWS) * stride_);
     packed_.resize(box_w * LANES);
     for (int64_t y = 0; y < box_h; y += ROWS) {
@@ -111,15 +130,14 @@ class Resizer {
     }
   }
 
-  int64_t height_, width_;
-  bool cubic_;
+  int64_t height_, width_, support_;
   int64_t stride_;
   Taps across_, down_;
   std::vector<uint8_t> packed_, middle_;
 };
 
 template <int64_t C>
-void resize_all(at::TensorList images, const int64_t* box, const bool* flip, bool cubic, at::Tensor& out) {
+void resize_all(at::TensorList images, const int64_t* box, const bool* flip, int64_t support, at::Tensor& out) {
   const int64_t height = out.size(1), width = out.size(2);
   uint8_t* pixels = out.mutable_data_ptr<uint8_t>();
   std::vector<const uint8_t*> corners(images.size());
@@ -129,24 +147,24 @@ void resize_all(at::TensorList images, const int64_t* box, const bool* flip, boo
     corners[b] = images[b].const_data_ptr<uint8_t>() + box[4 * b] * lines[b] + box[4 * b + 1] * C;
   }
   at::parallel_for(0, out.size(0), 1, [&](int64_t begin, int64_t end) {
-    Resizer<C> resize(height, width, cubic);
+    Resizer<C> resize(height, width, support);
     for (int64_t b = begin; b < end; ++b)
       resize(corners[b], lines[b], box[4 * b + 2], box[4 * b + 3], flip[b], pixels + b * height * width * C);
   });
 }
 
 at::Tensor resized_crop(at::TensorList images, const at::Tensor& boxes, const at::Tensor& flips, int64_t height,
-                        int64_t width, bool cubic) {
+                        int64_t width, int64_t support) {
   const int64_t B = images.size(), channels = images[0].size(2);
   const at::Tensor places = boxes.contiguous(), turns = flips.contiguous();
   const int64_t* box = places.const_data_ptr<int64_t>();
   const bool* flip = turns.const_data_ptr<bool>();
   at::Tensor out = at::empty({B, height, width, channels}, images[0].options());
   switch (channels) {
-    case 1: resize_all<1>(images, box, flip, cubic, out); break;
-    case 2: resize_all<2>(images, box, flip, cubic, out); break;
-    case 3: resize_all<3>(images, box, flip, cubic, out); break;
-    case 4: resize_all<4>(images, box, flip, cubic, out); break;
+    case 1: resize_all<1>(images, box, flip, support, out); break;
+    case 2: resize_all<2>(images, box, flip, support, out); break;
+    case 3: resize_all<3>(images, box, flip, support, out); break;
+    case 4: resize_all<4>(images, box, flip, support, out); break;
     default: TORCH_CHECK(false, "want 1 to 4 channels, got ", channels);
   }
   return out;

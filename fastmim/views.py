@@ -14,7 +14,7 @@ from typing import Literal
 
 from torch import Tensor
 
-Interpolation = Literal["bicubic", "bilinear"]
+Interpolation = Literal["bicubic", "bilinear", "lanczos"]
 Augmentation = Literal["recipe", "strong"]
 
 

@@ -24,18 +24,19 @@ from fastmim_kernels.color_jitter import color_jitter_reference
 from torch import Tensor
 
 from benchmarks.harness import DEVICE, Case
-from fastmim.data.colour import BYOL_FIRST, SIMSIAM, ColourDraws, draw_colours
+from fastmim.data.color import ColorDraws, draw_colors
+from fastmim.views import BYOL_FIRST, SIMSIAM
 
 IMAGES = [64, 512] if DEVICE == "cuda" else [16]
 SIDE = 224
-Run = Callable[[Tensor, ColourDraws], Tensor]
+Run = Callable[[Tensor, ColorDraws], Tensor]
 
 
-def eager_jitter(images: Tensor, d: ColourDraws) -> Tensor:
+def eager_jitter(images: Tensor, d: ColorDraws) -> Tensor:
     return color_jitter_reference(images, d.order_B4, d.factors_B4, d.grey_B, d.solarise_B)
 
 
-def pillow_jitter(images: Tensor, d: ColourDraws) -> Tensor:
+def pillow_jitter(images: Tensor, d: ColorDraws) -> Tensor:
     from PIL import Image, ImageEnhance
 
     enhance = ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color
@@ -55,7 +56,7 @@ def pillow_jitter(images: Tensor, d: ColourDraws) -> Tensor:
     return out
 
 
-def pillow_blur(images: Tensor, d: ColourDraws) -> Tensor:
+def pillow_blur(images: Tensor, d: ColorDraws) -> Tensor:
     from PIL import Image, ImageFilter
 
     blurred = [
@@ -95,11 +96,11 @@ def photographs(images: int) -> Tensor:
     return noisy.clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous()
 
 
-def run(call: Run, images: Tensor, draws: ColourDraws) -> tuple[Tensor, ...]:
+def run(call: Run, images: Tensor, draws: ColorDraws) -> tuple[Tensor, ...]:
     return (call(images, draws),)
 
 
-def oracle(call: Run, images: Tensor, draws: ColourDraws) -> tuple[Tensor, ...]:
+def oracle(call: Run, images: Tensor, draws: ColorDraws) -> tuple[Tensor, ...]:
     return (call(images.cpu(), draws).to(DEVICE),)
 
 
@@ -107,7 +108,7 @@ def cases() -> Iterator[list[Case]]:
     for count in IMAGES:
         images, keys = photographs(count).to(DEVICE), sample_keys(0, 0, torch.arange(count))
         for mode, providers in GROUPS.items():
-            draws = draw_colours(keys, SIMSIAM if mode == "jitter" else BYOL_FIRST)
+            draws = draw_colors(keys, SIMSIAM if mode == "jitter" else BYOL_FIRST)
             yield [
                 Case(
                     op="color_jitter",

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,16 @@ def parse_only(stage: Stage) -> None:
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
         with pytest.raises(Parsed):
             main(arguments) if main else race.main("peer", "torch", lambda m: m, arguments)
+
+
+@pytest.mark.parametrize("op", gpu_round.OPS)
+def test_every_op_of_the_round_can_be_imported(op):
+    """What it imports of ours is still called so; its cases are made on the device alone."""
+    assert callable(import_module(f"benchmarks.ops.{op}").cases)
+
+
+def test_no_op_is_left_out_of_the_round():
+    assert sorted(gpu_round.OPS) == sorted(p.stem for p in (ROOT / "benchmarks" / "ops").glob("*.py"))
 
 
 def test_limits_fit_what_was_promised():

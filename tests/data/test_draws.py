@@ -67,9 +67,9 @@ def test_two_sizes_of_one_box_with_one_colour(folder, open_loader, decoder):
     """BEiT: the tokenizer's image is the small one of the same box, with the same colours."""
     views = [
         View(size=(32, 32), color=DINO_SMALL),
-        View(size=(16, 16), interpolation="bilinear", color=DINO_SMALL),
+        View(size=(16, 16), interpolation="lanczos", color=DINO_SMALL),
     ]
-    plain = [View(size=(32, 32)), View(size=(16, 16), interpolation="bilinear")]
+    plain = [View(size=(32, 32)), View(size=(16, 16), interpolation="lanczos")]
     [batch] = take(open_loader(find_images(folder), decoder, views=[*views, *plain]), 1)
     for coloured, clean in zip(batch.views[:2], batch.views[2:], strict=True):
         assert torch.equal(coloured, apply_colors(clean, draw_colors(batch.keys_B, DINO_SMALL, 0)))

@@ -99,6 +99,8 @@ def test_every_kernel_compiles_for_every_architecture_and_spills_nothing(tmp_pat
     weights = [row for row in rows if row["kernel"] == "resized_crop._weights_kernel"]
     assert weights and not any("fma" in operation for row in weights for operation in row["fp64"])
     assert all("div.rn.f64" in row["fp64"] for row in weights)
+    lanczos = [row for row in weights if row["case"].endswith("by 3")]
+    assert lanczos and all(sine_constants() <= set(row["doubles"]) for row in lanczos)
     # a line of an uint8 patch of 16 pixels is read 16 bytes at a time
     dense = [row for row in rows if row["case"] == "B/16 bfloat16 gather bytes"]
     assert dense and all(row["vector"] == 4 for row in dense)
@@ -107,6 +109,12 @@ def test_every_kernel_compiles_for_every_architecture_and_spills_nothing(tmp_pat
     blocks = [row for row in rows if row["case"].startswith("grid of") and "_block_kernel" in row["kernel"]]
     assert blocks and all({"mul.f64", "sqrt.rn.f64"} <= set(row["fp64"]) <= BLOCK_FP64 for row in blocks)
     assert all(block_constants() <= set(row["doubles"]) for row in blocks)
+
+
+def sine_constants() -> set[str]:
+    """Coefficients of the sine in Lanczos' filter, in hex."""
+    series = import_module("fastmim_kernels.resized_crop").SINE.value
+    return {struct.pack(">d", value).hex().upper() for value in series}
 
 
 def block_constants() -> set[str]:
@@ -184,7 +192,7 @@ def cases() -> Iterator[tuple]:
 
 
 def crop_cases() -> Iterator[tuple]:
-    """Launches of resized_crop: colour and grey images, both filters."""
+    """Launches of resized_crop: colour and grey images, every filter."""
     crop = import_module("fastmim_kernels.resized_crop")
     boxes, flips = (
         torch.tensor([[0, 0, 375, 500]] * 2, device="cpu"),
@@ -192,8 +200,8 @@ def crop_cases() -> Iterator[tuple]:
     )
     for channels in (3, 1):
         images = [torch.empty(375, 500, channels, dtype=torch.uint8) for _ in range(2)]
-        for cubic in (True, False):
-            yield f"crop of {channels} {cubic}", crop.launch, images, boxes, flips, 224, 224, cubic
+        for support in crop.SUPPORT.values():
+            yield f"crop of {channels} by {support}", crop.launch, images, boxes, flips, 224, 224, support
 
 
 def mask_cases() -> Iterator[tuple]:

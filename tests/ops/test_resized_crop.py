@@ -1,13 +1,19 @@
 """resized_crop: every back end against Pillow, to the last bit; then the op against PyTorch's checks."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from fastmim_kernels import native, resized_crop
-from fastmim_kernels.resized_crop import launch, resized_crop_reference, taps_reference
+from fastmim_kernels.resized_crop import SUPPORT, launch, resized_crop_reference, taps_reference
 from PIL import Image
 
-FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+FILTERS = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "lanczos": Image.Resampling.LANCZOS,
+}
 # image, box within it, flip: shrinks both ways; grows both; tall; wide; as large as wanted; one pixel; whole,
 # and no multiple of anything
 SAMPLES = [
@@ -53,14 +59,14 @@ def test_every_back_end_is_pillow_to_the_last_bit(size, channels, filter, device
     images, boxes, flips = make_inputs(channels)
     expected = of_pillow(images, boxes, flips, size, filter)
     assert torch.equal(resized_crop_reference(images, boxes, flips, *size, filter), expected)
-    if device == "cuda" or size == (
-        24,
-        18,
-    ):  # one pixel of a large box is hundreds of taps: interpreted, minutes
-        on_device = [x.to(device) for x in images]
-        assert torch.equal(launch(on_device, boxes, flips, *size, filter == "bicubic").cpu(), expected)
+    # interpreted, hundreds of taps take minutes: one size, and of Lanczos the boxes that shrink a little
+    few = [0, 1, 4, 5, 6] if device == "cpu" and filter == "lanczos" else [*range(len(images))]
+    if device == "cuda" or size == (24, 18):
+        on_device = [images[b].to(device) for b in few]
+        found = launch(on_device, boxes[few], flips[few], *size, SUPPORT[filter])
+        assert torch.equal(found.cpu(), expected[few])
     if native.ready():
-        found = torch.ops.fastmim.native_resized_crop(images, boxes, flips, *size, filter == "bicubic")
+        found = torch.ops.fastmim.native_resized_crop(images, boxes, flips, *size, SUPPORT[filter])
         assert torch.equal(found, expected)
 
 
@@ -70,19 +76,42 @@ def test_back_ends_agree_on_other_channels(channels, device):
     expected = resized_crop_reference(images, boxes, flips, 16, 12, "bicubic")
     assert torch.equal(resized_crop(images, boxes, (16, 12), flips_B=flips), expected)
     few = 2 if device == "cpu" else len(images)  # the interpreter takes seconds for each
-    found = launch([x.to(device) for x in images[:few]], boxes[:few], flips[:few], 16, 12, True)
+    found = launch([x.to(device) for x in images[:few]], boxes[:few], flips[:few], 16, 12, SUPPORT["bicubic"])
     assert torch.equal(found.cpu(), expected[:few])
 
 
-def test_a_large_image_and_a_real_size():
+@pytest.mark.parametrize("filter", FILTERS)
+def test_a_large_image_and_a_real_size(filter):
     """Weights of 40 and more taps, and the size that training wants."""
     rng = np.random.default_rng(1)
     image = torch.from_numpy(rng.integers(0, 256, (2011, 1733, 3), dtype=np.uint8))
     box = torch.tensor([[11, 3, 1990, 1720]])
-    expected = pillow(image, box[0].tolist(), False, (224, 224), "bicubic")
-    assert torch.equal(resized_crop([image], box, (224, 224))[0], expected)
-    whole = Image.fromarray(image.numpy()).crop((3, 11, 1723, 2001)).resize((224, 224), FILTERS["bicubic"])
+    expected = pillow(image, box[0].tolist(), False, (224, 224), filter)
+    assert torch.equal(resized_crop([image], box, (224, 224), filter=filter)[0], expected)
+    whole = Image.fromarray(image.numpy()).crop((3, 11, 1723, 2001)).resize((224, 224), FILTERS[filter])
     assert np.abs(np.asarray(whole, int) - expected.numpy()).max() <= 2  # whatever order Pillow takes
+
+
+def test_lanczos_weights_are_those_of_the_mathematical_library():
+    """Pillow's formula by `math.sin`, which our sine is not; every length to 130, and some beyond."""
+    for m in (8, 112):
+        for n in [*range(1, 131), 375, 500, 1999]:
+            scale = n / m
+            wide = max(scale, 1.0)
+            taps, weights = taps_reference(n, m, "lanczos")
+            for i in range(0, m, 1 + m // 16):
+                center = (i + 0.5) * scale
+                first, last = max(0, int(center - 3 * wide + 0.5)), min(n, int(center + 3 * wide + 0.5))
+                at = [(t - center + 0.5) / wide for t in range(first, last)]
+                exact = [sinc(x) * sinc(x / 3) for x in at]
+                total = sum(exact)
+                rounded = [round(w / total * 2**22) for w in exact]
+                assert taps[i, : len(rounded)].tolist() == [*range(first, last)]
+                assert weights[i, : len(rounded)].tolist() == rounded and not weights[i, len(rounded) :].any()
+
+
+def sinc(x):
+    return math.sin(math.pi * x) / (math.pi * x) if x else 1.0
 
 
 def test_weights_are_a_partition():
@@ -101,13 +130,21 @@ def test_images_with_longer_rows(device):
     expected = resized_crop_reference(images, boxes, flips, 8, 8, "bicubic")
     assert torch.equal(resized_crop(padded, boxes, (8, 8), flips_B=flips), expected)
     on_device = [torch.nn.functional.pad(x.to(device), (0, 0, 0, 5))[:, : x.shape[1]] for x in images[:2]]
-    assert torch.equal(launch(on_device, boxes[:2], flips[:2], 8, 8, True).cpu(), expected[:2])
+    assert torch.equal(launch(on_device, boxes[:2], flips[:2], 8, 8, SUPPORT["bicubic"]).cpu(), expected[:2])
+
+
+@pytest.mark.parametrize("filter", FILTERS)
+def test_without_cpp_the_reference_serves(filter, monkeypatch):
+    monkeypatch.setattr(native, "ready", lambda: False)
+    images, boxes, flips = make_inputs(3)
+    expected = of_pillow(images, boxes, flips, (6, 5), filter)
+    assert torch.equal(resized_crop(images, boxes, (6, 5), flips_B=flips, filter=filter), expected)
 
 
 def test_op_is_registered_right():
     images, boxes, flips = make_inputs(3)
     torch.library.opcheck(
-        torch.ops.fastmim.resized_crop.default, (images[:2], boxes[:2], flips[:2], 4, 6, True)
+        torch.ops.fastmim.resized_crop.default, (images[:2], boxes[:2], flips[:2], 4, 6, SUPPORT["lanczos"])
     )
 
 
@@ -124,7 +161,7 @@ def test_rejects_what_it_cannot_do():
     with pytest.raises(ValueError, match="a size of at least 1"):
         resized_crop(images, boxes, (0, 8))
     with pytest.raises(ValueError, match="want a filter"):
-        resized_crop(images, boxes, (8, 8), filter="lanczos")
+        resized_crop(images, boxes, (8, 8), filter="box")
     with pytest.raises(ValueError, match="want boxes torch.int64"):
         resized_crop(images, boxes.int(), (8, 8))
     with pytest.raises(ValueError, match="want flips torch.bool"):

@@ -1,0 +1,75 @@
+"""Where crop boxes fall: `draw_boxes` against torchvision's RandomResizedCrop, on the sizes of a set.
+
+    D = sup |F(x) - G(x)|,   p = 2 sum over k >= 1 of (-1)^(k-1) exp(-2 k^2 D^2 n m / (n + m))
+
+Source  Kolmogorov and Smirnov's test of two samples, in the limit of many draws. Sides are whole pixels, so
+        values are tied: then p is too large rather than too small.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from fastmim_kernels import sample_keys
+
+from benchmarks.pipeline import parity_reference
+from fastmim.data.crop import draw_boxes
+from fastmim.views import View
+
+LAWS = {  # each with random numbers of its own
+    "MAE": View(size=(224, 224), scale=(0.2, 1.0), crop=0),
+    "BEiT": View(size=(224, 224), scale=(0.08, 1.0), crop=1),
+    "DINO, small": View(size=(96, 96), scale=(0.05, 0.4), crop=2),
+}
+
+
+def ks_test(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """Distance of two samples and its p-value."""
+    values = np.concatenate([a, b])
+    below = [np.searchsorted(np.sort(x), values, side="right") / len(x) for x in (a, b)]
+    distance = float(np.abs(below[0] - below[1]).max())
+    reach = distance**2 * len(a) * len(b) / (len(a) + len(b))
+    if reach < 0.02:  # the sum is 1 to ten digits there, and converges slowly
+        return distance, 1.0
+    p = 2 * sum((-1) ** (k - 1) * math.exp(-2 * k * k * reach) for k in range(1, 101))
+    return distance, min(p, 1.0)  # it rounds
+
+
+def described(boxes_B4: np.ndarray, sizes_B2: np.ndarray) -> dict[str, np.ndarray]:
+    """What a box is, apart from the size of its image; places from 0 to 1."""
+    top, left, height, width = boxes_B4.T.astype(np.float64)
+    H, W = sizes_B2.T.astype(np.float64)
+    return {
+        "area": height * width / (H * W),
+        "aspect": np.log(width / height),
+        "centre, down": (top + height / 2) / H,
+        "centre, across": (left + width / 2) / W,
+    }
+
+
+def our_boxes(sizes_B2: np.ndarray, epochs: int, view: View) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes and flips of `epochs` passes over the images, as a run draws them."""
+    ids = torch.arange(len(sizes_B2))
+    keys = torch.cat([sample_keys(0, epoch, ids) for epoch in range(epochs)])
+    return draw_boxes(keys, np.tile(sizes_B2, (epochs, 1)), view)
+
+
+def compare_boxes(sizes_B2: np.ndarray, draws: int) -> Iterator[dict[str, Any]]:
+    """A row for each law and quantity, of at least `draws` boxes on each side."""
+    epochs = -(-draws // len(sizes_B2))
+    sizes = np.tile(sizes_B2, (epochs, 1))
+    torch.manual_seed(0)
+    for law, view in LAWS.items():
+        boxes, flips = our_boxes(sizes_B2, epochs, view)
+        ours, theirs = described(boxes, sizes), described(parity_reference.boxes_of(sizes, view), sizes)
+        row = {"kind": "boxes", "law": law, "draws": len(sizes)}
+        for quantity in ours:
+            distance, p = ks_test(ours[quantity], theirs[quantity])
+            means = {"ours": float(ours[quantity].mean()), "theirs": float(theirs[quantity].mean())}
+            yield {**row, "quantity": quantity, "distance": distance, "p": p, **means}
+        share = float(flips.mean())
+        z = abs(share - view.flip) / math.sqrt(view.flip * (1 - view.flip) / len(flips))
+        rest = {"distance": abs(share - view.flip), "p": math.erfc(z / math.sqrt(2))}
+        yield {**row, "quantity": "flipped", **rest, "ours": share, "theirs": view.flip}
