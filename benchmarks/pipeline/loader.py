@@ -133,21 +133,23 @@ def absent(name: str) -> bool:
 
 
 def take_turn(name: str, folder: Path, batch: int, threads: int, seconds: float) -> float:
-    """Images per second of one provider, once it runs. Checks that what comes are images."""
-    batches = PROVIDERS[name](folder, batch, threads)
+    """Images per second of one provider, once it runs."""
+    return rate(PROVIDERS[name](folder, batch, threads), (batch, SIZE, SIZE, 3), seconds)
+
+
+def rate(batches: Iterator[Tensor], shape: tuple[int, ...], seconds: float) -> float:
+    """Images per second that come, past the first. Checks that they are images."""
     for _ in range(WARM_UP):
         views = next(batches)
-    if views.shape != (batch, SIZE, SIZE, 3) or views.dtype != torch.uint8 or views.float().std() < 1:
-        raise ValueError(
-            f"want uint8 images {(batch, SIZE, SIZE, 3)}, got {views.dtype} {tuple(views.shape)}"
-        )
+    if views.shape != shape or views.dtype != torch.uint8 or views.float().std() < 1:
+        raise ValueError(f"want uint8 images {shape}, got {views.dtype} {tuple(views.shape)}")
     synchronize()
     start, count = time.perf_counter(), 0
     while count < 2 or time.perf_counter() - start < seconds:
         next(batches)
         count += 1
     synchronize()
-    return count * batch / (time.perf_counter() - start)
+    return count * shape[0] / (time.perf_counter() - start)
 
 
 def synchronize() -> None:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from fastmim.data.images import Images
 from fastmim.data.index import index_file
 from fastmim.data.pack import PackConfig, pack_images
+from fastmim.data.sizes import bytes_as_text
 from fastmim.data.source import MANIFEST, find_images, read_manifest
 from fastmim.data.stats import SAMPLE, stats
 from fastmim.data.verify import changed_shards, verify
@@ -31,7 +32,7 @@ def _pack(args: Namespace) -> int:
         sum(counts) for counts in zip(*((s["images"], len(s["bad"])) for s in shards), strict=True)
     )
     total = sum(shard["bytes"] for shard in shards)
-    print(f"{packed:,} images in {len(shards)} shards, {_bytes(total)}: {args.folder}")
+    print(f"{packed:,} images in {len(shards)} shards, {bytes_as_text(total)}: {args.folder}")
     if bad:
         print(f"{bad:,} bad images left out, each named in {args.folder / 'bad_samples.jsonl'}")
     return 0
@@ -105,13 +106,6 @@ def _print_classes(counts: dict[str, int]) -> None:
 
 def _classes(images: Images) -> str:
     return f"{len(images.classes):,} classes" if images.labels is not None else "no labels"
-
-
-def _bytes(count: int) -> str:
-    for power, unit in ((9, "GB"), (6, "MB"), (3, "kB")):
-        if count >= 10**power:
-            return f"{count / 10**power:.1f} {unit}"
-    return f"{count} bytes"
 
 
 def _plain(text: str) -> str:

@@ -3,9 +3,12 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from fastmim.data.decoder import DecoderName
 from fastmim.views import Augmentation
+
+CacheName = Literal["none", "ram", "device"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +22,12 @@ class DataConfig:
     """What decodes: DALI, or Pillow where there is no DALI. Never one for the other in silence."""
     augment: Augmentation = "recipe"
     """recipe: the views of the method as published; strong: smaller boxes, and colours where it has none"""
+    cache: CacheName = "none"
+    """Decode every image once, at the start, and cut all views from that: kept in memory (ram), or on the
+    device that trains (device). Each rank keeps the whole set; the pixels are those without a cache."""
+    epoch_images: int | None = None
+    """Samples in an epoch: the set is repeated to so many, each repeat with crops, colours and masks of its
+    own. Without it: every image once. Of ImageNet's length: 1281167."""
     threads: int | None = None
     """Decoding threads of each rank. Without it: this machine's cores shared among its ranks."""
     prefetch: int = 2
@@ -31,6 +40,8 @@ class DataConfig:
             raise ValueError(f"want data.threads >= 1, got {self.threads}")
         if self.prefetch < 1:
             raise ValueError(f"want data.prefetch >= 1, got {self.prefetch}")
+        if self.epoch_images is not None and self.epoch_images < 1:
+            raise ValueError(f"want data.epoch-images >= 1, got {self.epoch_images}")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"want 0 <= data.max_bad_fraction <= 1, got {self.max_bad_fraction}")
 
@@ -38,10 +49,25 @@ class DataConfig:
         """`threads`, or the cores this process may use, divided by the ranks launched on this node."""
         if self.threads is not None:
             return self.threads
-        # torchrun and DeepSpeed name it differently
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-        return max(1, len(os.sched_getaffinity(0)) // ranks)
+        return max(1, len(os.sched_getaffinity(0)) // ranks_of_node())
+
+    def samples_per_epoch(self, num_images: int) -> int:
+        """`epoch_images`, or one for each image. ValueError if images would never be seen."""
+        if self.epoch_images is None:
+            return num_images
+        if self.epoch_images < num_images:
+            raise ValueError(
+                f"data.epoch-images: want at least the {num_images} images there are, got"
+                f" {self.epoch_images}, which leaves out the same ones always; a list of paths names fewer"
+            )
+        return self.epoch_images
 
     def bad_limit(self, num_samples: int) -> int:
         """Undecodable files that a rank bears: the fraction, but at least ten, or half of a smaller set."""
         return max(min(10, num_samples // 2), int(self.max_bad_fraction * num_samples))
+
+
+def ranks_of_node() -> int:
+    """Ranks launched on this node, which share its cores and its memory."""
+    # torchrun and DeepSpeed name it differently
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)

@@ -22,8 +22,8 @@ from nvidia.dali import Pipeline, fn, types
 from PIL import Image
 from torch import Tensor
 
-from fastmim.data.crop import crops_of
 from fastmim.data.decoder import Rejected, Request, cut_views
+from fastmim.data.draws import Draws
 from fastmim.data.header import FORMATS
 from fastmim.views import View
 
@@ -33,7 +33,7 @@ COLOUR = {3: types.DALIImageType.RGB, 1: types.DALIImageType.GRAY}
 def build_pipeline(
     views: Sequence[View], *, batch: int, channels: int, threads: int, depth: int, device: torch.device
 ) -> Pipeline:
-    """Input `bytes`, output the whole images; with one crop also `start` and `shape`, output its boxes."""
+    """Input `bytes`, output the whole images; with just one crop also `start`, `shape`, output its boxes."""
     on_gpu = device.type == "cuda"
     device_id = (torch.cuda.current_device() if device.index is None else device.index) if on_gpu else None
     decoding: dict[str, Any] = {
@@ -51,7 +51,7 @@ def build_pipeline(
     )
     with pipe:
         data = fn.external_source(name="bytes", dtype=types.DALIDataType.UINT8, ndim=1)
-        if len(crops_of(views)) > 1:  # decoded once and cut many times
+        if len({view.crop for view in views}) != 1:  # decoded once and cut many times
             pipe.set_outputs(fn.decoders.image(data, **decoding))
         else:
             start = fn.external_source(name="start", dtype=types.DALIDataType.INT32, ndim=1)
@@ -93,6 +93,9 @@ class DaliDecoder:
             self._running = True
 
     def result(self) -> tuple[Tensor, ...]:
+        return cut_views(self._views, *self.decoded())
+
+    def decoded(self) -> tuple[list[Tensor], Draws]:
         assert len(self._requests) == self._depth, "result() needs a full queue"
         try:
             images = _decoded(self._pipe, self._device)
@@ -105,7 +108,7 @@ class DaliDecoder:
         draws = self._requests.popleft().draws
         if len(draws.boxes) == 1:  # what was decoded is the box
             draws = replace(draws, boxes={crop: _from_the_corner(cut) for crop, cut in draws.boxes.items()})
-        return cut_views(self._views, images, draws)
+        return images, draws
 
     def _find_rejected(self, request: Request, message: str) -> dict[int, str]:
         named = [int(slot) for slot in re.findall(r"sample #(\d+)", message)]

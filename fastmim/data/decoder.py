@@ -21,12 +21,15 @@ from fastmim.views import View
 DecoderName = Literal["dali", "pillow"]
 
 
+NO_DRAWS = Draws({}, {}, {}, {})
+
+
 @dataclass(frozen=True)
 class Request:
-    """One micro-batch of B encoded images, and what is drawn for them."""
+    """One micro-batch of B encoded images, and what is drawn for them; nothing where they stay whole."""
 
     data: list[bytes]
-    draws: Draws
+    draws: Draws = NO_DRAWS
 
 
 class Rejected(Exception):
@@ -45,6 +48,12 @@ class Decoder(Protocol):
         """Views of the oldest request, uint8 `[B, H, W, C]`; the caller owns them. Needs `depth` in it.
 
         Rejected if images of it cannot be decoded.
+        """
+
+    def decoded(self) -> tuple[list[Tensor], Draws]:
+        """The same before it is cut: images uint8 `[H_b, W_b, C]`, and the draws as they hold for these.
+
+        A decoder without views gives the whole images, wherever it decodes.
         """
 
     def close(self) -> None:

@@ -18,7 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from fastmim.data.decoder import Rejected, Request, cut_views
+from fastmim.data.draws import Draws
 from fastmim.data.header import FORMATS
+from fastmim.data.supply import to_device
 from fastmim.views import View
 
 MODE = {3: "RGB", 1: "L"}
@@ -47,6 +49,10 @@ class PillowDecoder:
         self._working.append((request, tasks))
 
     def result(self) -> tuple[Tensor, ...]:
+        views = cut_views(self._views, *self.decoded())
+        return tuple(to_device(view, self._device) for view in views)
+
+    def decoded(self) -> tuple[list[Tensor], Draws]:
         assert len(self._working) == self._depth, "result() needs a full queue"
         request, tasks = self._working[0]
         errors = {slot: error for slot, task in enumerate(tasks) if (error := task.exception())}
@@ -56,11 +62,7 @@ class PillowDecoder:
                 {slot: f"Pillow: {type(error).__name__}: {error}" for slot, error in errors.items()}
             )
         self._working.popleft()
-        images = [task.result() for task in tasks]
-        views = cut_views(self._views, images, request.draws)
-        if self._device.type == "cuda":
-            return tuple(view.pin_memory().to(self._device, non_blocking=True) for view in views)
-        return views
+        return [task.result() for task in tasks], request.draws
 
     def _decode(self, data: bytes) -> Tensor:
         with Image.open(BytesIO(data), formats=FORMATS) as opened:

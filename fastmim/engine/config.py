@@ -31,7 +31,7 @@ class Run:
     accumulate: int = 1
     """Micro-batches per optimizer step; each rank holds batch / (ranks * accumulate) images at a time"""
     epochs: float = 100.0
-    """Passes over the data"""
+    """Passes over the data, or over --data.epoch-images samples of it"""
     steps: int | None = None
     """Optimizer steps; overrides epochs"""
     seed: int = 0
@@ -75,7 +75,7 @@ class Plan:
     precision: Literal["fp32", "bf16"]
     world: int
     micro_batch: int  # images per rank and micro-batch
-    num_samples: int
+    num_samples: int  # of an epoch
     steps_per_epoch: int
     left_out: int  # images of each epoch that fill no whole batch; others each epoch
     total_steps: int
@@ -94,16 +94,18 @@ def make_plan(run: Run, images: Images, *, world: int, device: Literal["cuda", "
         raise ValueError(
             f"batch: want a multiple of ranks * accumulate = {world} * {run.accumulate}, got {run.batch}"
         )
-    if run.batch > len(images):
-        raise ValueError(f"batch: want at most the {len(images)} images there are, got {run.batch}")
+    num_samples = run.data.samples_per_epoch(len(images))
+    if run.batch > num_samples:
+        there = "images there are" if run.data.epoch_images is None else "samples of an epoch"
+        raise ValueError(f"batch: want at most the {num_samples} {there}, got {run.batch}")
     micro_batch = run.batch // (world * run.accumulate)
     run.method.check_batch(micro_batch, world)
-    steps_per_epoch, left_out = divmod(len(images), run.batch)
+    steps_per_epoch, left_out = divmod(num_samples, run.batch)
     total = run.steps if run.steps is not None else max(1, round(run.epochs * steps_per_epoch))
     notes = []
     if left_out:
         notes.append(
-            f"{left_out} of {len(images)} images fill no batch of {run.batch}: "
+            f"{left_out} of {num_samples} images fill no batch of {run.batch}: "
             "each epoch leaves out as many, others each time"
         )
     if run.accumulate > 1 and run.method.couples_batch:
@@ -126,7 +128,7 @@ def make_plan(run: Run, images: Images, *, world: int, device: Literal["cuda", "
         precision=precision,
         world=world,
         micro_batch=micro_batch,
-        num_samples=len(images),
+        num_samples=num_samples,
         steps_per_epoch=steps_per_epoch,
         left_out=left_out,
         total_steps=total,
@@ -161,6 +163,8 @@ def run_facts(run: Run, plan: Plan, images: Images) -> dict[str, Any]:
         "decoder": run.data.decoder,
         "augment": run.data.augment,
     }
+    if plan.num_samples != len(images):  # otherwise absent, as from checkpoints that know of no repeats
+        facts["data"]["epoch_images"] = plan.num_samples
     return facts
 
 

@@ -14,8 +14,18 @@ from fastmim_kernels.attention import attention_choices, pin_attention_choices
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastmim.data import BadImages, Images, Loader, SampleOrder, check_decoder, find_images
+from fastmim.data import (
+    BadImages,
+    Images,
+    Loader,
+    SampleOrder,
+    Sizes,
+    check_decoder,
+    find_images,
+    look_at_sizes,
+)
 from fastmim.data.sample import sample_set
+from fastmim.data.sizes import bytes_as_text
 from fastmim.engine.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from fastmim.engine.config import Plan, Run, as_dict, fingerprint, make_plan, run_facts
 from fastmim.engine.deepspeed import save_shards, start_process_group, whole_state, wrap
@@ -39,9 +49,22 @@ def device_type() -> Literal["cuda", "cpu"]:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def device_of(plan: Plan, ranks: Ranks) -> torch.device:
+    """The device that this rank trains on."""
+    return torch.device(plan.device, ranks.local_rank) if plan.device == "cuda" else torch.device("cpu")
+
+
 def images_of(run: Run) -> Images:
     """The images of the run: its folder, or the training half of the embedded sample set."""
     return find_images(sample_set() / "train" if run.data.path is None else run.data.path)
+
+
+def sizes_of(run: Run, plan: Plan, images: Images, ranks: Ranks) -> Sizes | None:
+    """What the headers of the images say, if these are to be cached. ValueError if there is no room."""
+    if run.data.cache == "none":
+        return None
+    device, channels = device_of(plan, ranks), run.model.channels
+    return look_at_sizes(images, config=run.data, channels=channels, device=device, quiet=not ranks.is_main)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +75,7 @@ class Prepared:
     plan: Plan
     ranks: Ranks
     images: Images
+    sizes: Sizes | None  # of the images, where they are cached
     method: Method
     run_dir: Path
     checkpoints: Checkpoints
@@ -71,13 +95,14 @@ def prepare(run: Run) -> Prepared:
     ranks = start_process_group(device)
     images = ranks.all_succeed(lambda: images_of(run), "finding the images")
     plan = make_plan(run, images, world=ranks.world, device=device)
+    sizes = ranks.all_succeed(lambda: sizes_of(run, plan, images, ranks), "looking at the images")
     method = ranks.all_succeed(lambda: build_method(run), "building the model")
     facts = run_facts(run, plan, images)
     run_dir = choose_run_dir(run, ranks)
     checkpoints = Checkpoints(run_dir / "checkpoints", ranks, keep=run.keep)
     found = find_checkpoint(run, checkpoints, facts)
     return Prepared(
-        run=run, plan=plan, ranks=ranks, images=images, method=method, run_dir=run_dir,
+        run=run, plan=plan, ranks=ranks, images=images, sizes=sizes, method=method, run_dir=run_dir,
         checkpoints=checkpoints, facts=facts, found=found,
     )  # fmt: skip
 
@@ -96,8 +121,9 @@ def train(p: Prepared, *, arguments: list[str] | None = None) -> None:
     engine = wrap(p.method, run, plan)
     start_step = restore(engine, p.found, ranks) if p.found else 0
     order = SampleOrder(
-        len(p.images), run.batch, accumulate=run.accumulate, world=ranks.world, rank=ranks.rank, seed=run.seed
-    )
+        plan.num_samples, run.batch,
+        accumulate=run.accumulate, world=ranks.world, rank=ranks.rank, seed=run.seed,
+    )  # fmt: skip
     metrics = Metrics(p.run_dir, plan, ranks, log_every=run.log_every, batch=run.batch, start_step=start_step)
 
     def save(step: int) -> None:
@@ -113,9 +139,10 @@ def train(p: Prepared, *, arguments: list[str] | None = None) -> None:
         config=run.data,
         channels=run.model.channels,
         seed=run.seed,
-        device=torch.device(plan.device, ranks.local_rank) if plan.device == "cuda" else torch.device("cpu"),
+        device=device_of(plan, ranks),
         bad_samples=p.run_dir / "bad_samples.jsonl",
         start_step=start_step,
+        sizes=p.sizes,
     )
     with loader:
         batches = iter(loader)
@@ -191,11 +218,12 @@ def describe(p: Prepared) -> None:
             f"{model.depth} blocks of width {model.width}, patch {model.patch}, {height} x {width} px",
         ),
         ("data", f"{len(p.images)} images in {p.images.root}, decoder {run.data.decoder}"),
+        *cache_line(p),
         (
             "batch",
             f"{run.batch} = {plan.world} ranks x {run.accumulate} micro-batches x {plan.micro_batch} images",
         ),
-        ("length", f"{plan.total_steps} steps, {plan.steps_per_epoch} an epoch"),
+        ("length", f"{plan.total_steps} steps, {plan.steps_per_epoch} per {plan.num_samples} images"),
         ("rate", f"{plan.peak_lr:.3g} after {plan.warmup_steps:g} steps, optimizer {run.optim.name}"),
         ("on", f"{plan.device}, {plan.precision}, ZeRO {run.zero}, attention {plan.attention}"),
         ("run dir", str(p.run_dir)),
@@ -204,6 +232,15 @@ def describe(p: Prepared) -> None:
     for name, line in lines:
         print(f"{name:>8}  {line}")
     sys.stdout.flush()
+
+
+def cache_line(p: Prepared) -> list[tuple[str, str]]:
+    """What is kept decoded, and where, if it is."""
+    if p.sizes is None:
+        return []
+    on_device = p.run.data.cache == "device" and p.plan.device == "cuda"
+    where = "on the device" if on_device else "in the memory"
+    return [("cache", f"{bytes_as_text(p.sizes.total)} of decoded images, {where} of each rank")]
 
 
 # --- checkpoints ------------------------------------------------------------------------------------

@@ -295,14 +295,17 @@ def resized_crop(
     if not images:
         raise ValueError("want at least one image, got none")
     B, C, device = len(images), images[0].shape[-1], images[0].device
-    for i, image in enumerate(images):
-        if image.ndim != 3 or image.dtype != torch.uint8 or image.shape[2] != C or image.device != device:
+    room = []
+    for i, image in enumerate(images):  # thousands a second: each attribute is asked for once
+        sides, strides = image.shape, image.stride()
+        if len(sides) != 3 or image.dtype != torch.uint8 or sides[2] != C or image.device != device:
             raise ValueError(
-                f"want images uint8 [H, W, {C}] on {device}, got {image.dtype} {tuple(image.shape)} on "
+                f"want images uint8 [H, W, {C}] on {device}, got {image.dtype} {tuple(sides)} on "
                 f"{image.device} at {i}"
             )
-        if image.stride(2) != 1 or image.stride(1) != C:
-            raise ValueError(f"want the pixels of a row contiguous, got strides {image.stride()} at {i}")
+        if strides[2] != 1 or strides[1] != C:
+            raise ValueError(f"want the pixels of a row contiguous, got strides {strides} at {i}")
+        room.append(sides[:2])
     if not 1 <= C <= MAX_CHANNELS or min(size) < 1:
         raise ValueError(f"want 1 to {MAX_CHANNELS} channels and a size of at least 1, got {C} and {size}")
     if filter not in SUPPORT:
@@ -316,8 +319,10 @@ def resized_crop(
             raise ValueError(
                 f"want {name} {dtype} {shape} on the CPU, got {x.dtype} {tuple(x.shape)} on {x.device}"
             )
-    for i, (image, (top, left, h, w)) in enumerate(zip(images, boxes_B4.tolist(), strict=True)):
-        if min(top, left) < 0 or min(h, w) < 1 or top + h > image.shape[0] or left + w > image.shape[1]:
-            got = f"{(top, left, h, w)} in {tuple(image.shape[:2])} at {i}"
-            raise ValueError(f"want boxes (top, left, height, width) within their images, got {got}")
+    corner, extent, room_B2 = boxes_B4[:, :2], boxes_B4[:, 2:], torch.tensor(room)
+    fits = ((corner >= 0) & (extent >= 1) & (corner <= room_B2 - extent)).all(1)
+    if not fits.all():
+        i = int(fits.long().argmin())
+        got = f"{tuple(boxes_B4[i].tolist())} in {tuple(room[i])} at {i}"
+        raise ValueError(f"want boxes (top, left, height, width) within their images, got {got}")
     return _op(list(images), boxes_B4, flips_B, *size, SUPPORT[filter])

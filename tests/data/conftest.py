@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from fastmim.data import DataConfig, Images, Loader, SampleOrder
+from fastmim.data.config import CacheName
 from fastmim.views import Batch, View
 from tests.conftest import SHARED_DATA
 
@@ -67,16 +68,26 @@ def open_loader(tmp_path) -> Iterator[Callable[..., Loader]]:
         channels: int = 3,
         start_step: int = 0,
         max_bad_fraction: float = 0.01,
+        cache: CacheName = "none",
+        epoch_images: int | None = None,
+        device: str = "cpu",
         **order: int,
     ) -> Loader:
+        config = DataConfig(
+            decoder=decoder,
+            threads=2,
+            max_bad_fraction=max_bad_fraction,
+            cache=cache,
+            epoch_images=epoch_images,
+        )
         loader = Loader(
             images,
             views,
-            SampleOrder(len(images), batch, seed=3, **order),
-            config=DataConfig(decoder=decoder, threads=2, max_bad_fraction=max_bad_fraction),
+            SampleOrder(epoch_images or len(images), batch, seed=3, **order),
+            config=config,
             channels=channels,
             seed=3,
-            device=torch.device("cpu"),
+            device=torch.device(device),
             bad_samples=tmp_path / "bad_samples.jsonl",
             start_step=start_step,
         )

@@ -1,0 +1,42 @@
+"""The contract between the loader, which knows what a micro-batch is of, and what makes its views.
+
+    loader:  step -> sample ids, keys, images          (order.py)
+    supply:  images, keys -> views                     from files.py, or from the decoded images of cache.py
+
+A supply decides nothing: from any of them the same place has the same views.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Place:
+    """One micro-batch of B samples that is to be, and which image each sample shows."""
+
+    step: int
+    epoch: int
+    ids_B: Tensor  # int64, CPU
+    keys_B: Tensor  # int64, CPU
+    images_B: np.ndarray  # int64: sample ids, modulo the number of images
+
+
+class Supply(Protocol):
+    def serve(self, places: Iterator[Place]) -> Iterator[tuple[Place, tuple[Tensor, ...]]]:
+        """The places and their views, uint8 `[B, H, W, C]` on the training device, in the same order.
+
+        Takes places ahead of what it gives. BadImages when too many images cannot be decoded.
+        """
+
+    def close(self) -> None:
+        """Give up threads and memory; may be called again."""
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor where the training is, without waiting for it to be there."""
+    return x if x.device.type == device.type else x.pin_memory().to(device, non_blocking=True)
