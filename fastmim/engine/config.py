@@ -47,7 +47,8 @@ class Run:
     allow_changes: tuple[str, ...] = ()
     """With --resume: facts of the run that may differ from the checkpoint's, by the names the error gives"""
     init_from: Path | None = None
-    """Start from these weights: a run directory, or an MAE checkpoint as .pth or .safetensors"""
+    """Start from these weights: a run directory, or an MAE checkpoint as .pth or .safetensors. Heads that it
+    lacks stay fresh, and a teacher is made a copy of its student; the run says so"""
     save_every: int = 1000
     """Optimizer steps between checkpoints; the last step always makes one"""
     keep: int = 2

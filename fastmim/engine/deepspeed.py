@@ -3,6 +3,7 @@
 import logging
 import os
 import warnings
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ import torch.distributed as dist
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
-from deepspeed.utils import safe_get_full_fp32_param
-from torch import Tensor
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.utils import safe_get_local_fp32_param
+from torch import Tensor, nn
 
 from fastmim.engine.config import Plan, Run
 from fastmim.engine.ranks import Ranks
@@ -24,6 +27,9 @@ from fastmim.optim import OPTIMIZERS
 from fastmim.optim.groups import parameter_groups
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+# What a rank holds of a parameter: where it begins in the flat parameter, and a flat view of it
+Shard = tuple[int, Tensor]
 
 
 def start_process_group(device: str) -> Ranks:
@@ -151,13 +157,97 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:
         group["lr"] = rate * group["lr_scale"]
 
 
-def whole_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
-    """The method's state dict in fp32 on the CPU, from the master weights; a call for all ranks at once."""
-    method = engine.module
-    with deepspeed.zero.GatheredParameters(list(method.parameters())):  # shards of ZeRO 3
-        state = {name: tensor.detach().float().cpu().clone() for name, tensor in method.state_dict().items()}
-    for name, parameter in method.named_parameters():
-        master = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
-        if master is not None:
-            state[name] = master.detach().float().cpu().clone()
+# --- weights and shards of weights ------------------------------------------------------------------
+
+
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of a parameter, of which ZeRO 3 may have left a shard only."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def stored(parameter: Any) -> Shard:
+    """What the module itself holds on this rank: its shard in ZeRO 3, else all of the parameter."""
+    if hasattr(parameter, "ds_id"):
+        return _without_padding(parameter, parameter.ds_tensor)
+    return 0, parameter.data.view(-1)
+
+
+def _without_padding(parameter: Any, shard: Tensor) -> Shard:
+    """A shard of ZeRO 3, of which all ranks have one as long: the last ones end in nothing."""
+    start = min(dist.get_rank() * shard.numel(), parameter.ds_numel)
+    return start, shard.detach()[: parameter.ds_numel - start]
+
+
+def masters(engine: deepspeed.DeepSpeedEngine) -> dict[nn.Parameter, Shard]:
+    """The fp32 values that the optimizer moves, of every trained parameter, as far as this rank has them.
+
+    Views that stay valid: DeepSpeed loads checkpoints into the same memory.
+    """
+    optimizer = engine.optimizer
+    trained = [p for p in engine.module.parameters() if p.requires_grad]
+    if engine.zero_optimization_partition_weights():
+        return {p: _without_padding(p, safe_get_local_fp32_param(p)) for p in trained}
+    if not engine.bfloat16_enabled():  # the weights themselves; a rank's shard of ZeRO 1 and 2 is their copy
+        return {p: (0, p.data.view(-1)) for p in trained}
+    if isinstance(optimizer, FP16_UnfusedOptimizer):  # ZeRO 0, as its name does not say
+        groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+        pairs = (pair for weights, copies in groups for pair in zip(weights, copies, strict=True))
+        return {p: (0, master.detach().view(-1)) for p, master in pairs}
+    if isinstance(optimizer, FP16_Optimizer):  # the same for FusedAdam
+        found: dict[nn.Parameter, Shard] = {}
+        for weights, flat in zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True):
+            parts = flat.detach().split([p.numel() for p in weights])
+            found |= {p: (0, part) for p, part in zip(weights, parts, strict=True)}
+        return found
+    return {p: _fragment(p) for p in trained}
+
+
+def _fragment(parameter: Any) -> Shard:
+    """The shard of ZeRO 1 and 2: a rank's share of the weights may end within one and have none of others."""
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return 0, torch.empty(0, device=parameter.device)
+    return mapping.lp_fragment_address.start, mapping.hp_fragment.detach()
+
+
+def masters_are_sharded(engine: deepspeed.DeepSpeedEngine) -> bool:
+    """Whether `masters` differ from rank to rank."""
+    stage = engine.zero_optimization_stage()
+    return stage == 3 or (stage > 0 and engine.bfloat16_enabled())
+
+
+def kept_whole(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    """Those that ZeRO 3 keeps whole on every rank beside their shards, because they are small."""
+    return [p for p in parameters if getattr(p, "ds_persist", False)]
+
+
+def gather_again(parameters: Sequence[nn.Parameter]) -> None:
+    """Make parameters that are `kept_whole` anew from their shards, in one exchange."""
+    first: Any = parameters[0]  # DeepSpeed's methods of one parameter work on lists
+    first.partition(param_list=parameters)
+    first.all_gather(param_list=parameters)
+
+
+@torch.no_grad()
+def whole_state(
+    engine: deepspeed.DeepSpeedEngine, averages: Mapping[nn.Parameter, Shard]
+) -> dict[str, Tensor]:
+    """The method's state dict in fp32 on the CPU; a call for all ranks at once.
+
+    Trained weights are the optimizer's, those of `averages` what is given; one at a time is ever whole.
+    """
+    shards, sharded = {**masters(engine), **averages}, masters_are_sharded(engine)
+    state = {}
+    for name, value in engine.module.state_dict(keep_vars=True).items():
+        if value in shards:
+            start, part = shards[value]
+            whole = torch.zeros(whole_shape(value).numel(), device=part.device)
+            whole[start : start + part.numel()] = part
+            if sharded:
+                dist.all_reduce(whole)
+            whole = whole.view(whole_shape(value))
+        else:
+            with deepspeed.zero.GatheredParameters([value]):  # one that does not move, or a buffer
+                whole = value.detach().clone()
+        state[name] = (whole.float() if whole.is_floating_point() else whole).cpu()
     return state

@@ -11,12 +11,14 @@ import deepspeed
 from fastmim.engine.config import Plan, Run
 from fastmim.engine.deepspeed import set_learning_rate
 from fastmim.engine.metrics import Metrics, Stopwatch
+from fastmim.engine.teacher import Teacher
 from fastmim.optim.schedule import learning_rate
 from fastmim.views import Batch
 
 
 def train_loop(
     engine: deepspeed.DeepSpeedEngine,
+    teacher: Teacher,
     batches: Iterator[Batch],
     metrics: Metrics,
     save: Callable[[int], None],
@@ -46,6 +48,7 @@ def train_loop(
             engine.step()  # updates after the last micro-batch only
             outputs.append(output)
         done = step + 1
+        teacher.step(done / plan.total_steps)
         engine.module.after_step(done / plan.total_steps)
         metrics.add(done, rate, outputs)
         saving = done % run.save_every == 0 or done == plan.total_steps

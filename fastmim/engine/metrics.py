@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +48,24 @@ class Stopwatch:
 
 
 class Metrics:
-    """Collects on every rank, writes on the first."""
+    """Collects on every rank, writes on the first, and warns there of what `diagnose` says, once."""
 
     def __init__(
-        self, run_dir: Path, plan: Plan, ranks: Ranks, *, log_every: int, batch: int, start_step: int
+        self,
+        run_dir: Path,
+        plan: Plan,
+        ranks: Ranks,
+        *,
+        log_every: int,
+        batch: int,
+        start_step: int,
+        diagnose: Callable[[Mapping[str, float]], str | None],
     ):
         self.plan, self.ranks, self.log_every = plan, ranks, log_every
         self.images_per_rank = batch / plan.world
         self.pending: list[tuple[int, float, dict[str, Tensor]]] = []
         self.report = Report(run_dir, plan, start_step) if ranks.is_main else None
+        self.diagnose, self.warned = diagnose, False
         self.restart_clock()
 
     def add(self, step: int, rate: float, outputs: Sequence[Output]) -> None:
@@ -101,6 +110,9 @@ class Metrics:
                 f"loss is not finite at step {bad[0]} (reported at step {rows[-1]['step']}); "
                 "no checkpoint was made since. Lower --optim.blr or set --optim.clip"
             )
+        if self.report and not self.warned and (warning := self.diagnose(rows[-1])):
+            self.report.warn(rows[-1]["step"], warning)
+            self.warned = True
 
     def restart_clock(self) -> None:
         self.clock = time.perf_counter()
@@ -146,6 +158,12 @@ class Report:
         done = last["step"] - self.first_step
         left = (time.monotonic() - self.start) / done * (self.total - last["step"])
         print(f"step {last['step']}/{self.total}  {words}  ETA {clock(left)}", flush=True)
+
+    def warn(self, step: int, warning: str) -> None:
+        """A line for who looks on, and a note in the events for who looks later."""
+        tqdm.write(f"{'warning':>8}  step {step}: {warning}", file=sys.stdout)
+        sys.stdout.flush()
+        self.events.add_text("warning", warning, step)
 
     def close(self) -> None:
         if self.bar is not None:

@@ -34,7 +34,17 @@ from fastmim.engine.loop import train_loop
 from fastmim.engine.metrics import Metrics, NonFinite
 from fastmim.engine.pictures import draw_loss, draw_reconstruction
 from fastmim.engine.ranks import RankError, Ranks
-from fastmim.interop.mae import ENCODER, encoder_metadata, from_mae, part_of, read_weights, to_mae
+from fastmim.engine.teacher import Teacher, check_copies, copy_students, pairs_of
+from fastmim.interop.mae import (
+    check_names,
+    encoder_metadata,
+    from_mae,
+    missing_in,
+    read_weights,
+    to_file,
+    to_timm,
+    words_on_weights,
+)
 from fastmim.methods.base import Method
 from fastmim.optim import check_optimizer
 from fastmim.views import Batch, augmented
@@ -81,6 +91,7 @@ class Prepared:
     checkpoints: Checkpoints
     facts: dict[str, Any]
     found: Checkpoint | None  # where to resume
+    weights: str | None  # what came from --init-from and what did not
 
 
 def prepare(run: Run) -> Prepared:
@@ -96,14 +107,14 @@ def prepare(run: Run) -> Prepared:
     images = ranks.all_succeed(lambda: images_of(run), "finding the images")
     plan = make_plan(run, images, world=ranks.world, device=device)
     sizes = ranks.all_succeed(lambda: sizes_of(run, plan, images, ranks), "looking at the images")
-    method = ranks.all_succeed(lambda: build_method(run), "building the model")
+    method, weights = ranks.all_succeed(lambda: build_method(run), "building the model")
     facts = run_facts(run, plan, images)
     run_dir = choose_run_dir(run, ranks)
     checkpoints = Checkpoints(run_dir / "checkpoints", ranks, keep=run.keep)
     found = find_checkpoint(run, checkpoints, facts)
     return Prepared(
         run=run, plan=plan, ranks=ranks, images=images, sizes=sizes, method=method, run_dir=run_dir,
-        checkpoints=checkpoints, facts=facts, found=found,
+        checkpoints=checkpoints, facts=facts, found=found, weights=weights,
     )  # fmt: skip
 
 
@@ -119,16 +130,23 @@ def train(p: Prepared, *, arguments: list[str] | None = None) -> None:
     need_bytes = checkpoint_bytes(p.method, run, plan)
     p.method.peers = ranks
     engine = wrap(p.method, run, plan)
-    start_step = restore(engine, p.found, ranks) if p.found else 0
+    teacher = Teacher(engine, ranks)
+    start_step = restore(engine, teacher, p.found, ranks) if p.found else 0
     order = SampleOrder(
         plan.num_samples, run.batch,
         accumulate=run.accumulate, world=ranks.world, rank=ranks.rank, seed=run.seed,
     )  # fmt: skip
-    metrics = Metrics(p.run_dir, plan, ranks, log_every=run.log_every, batch=run.batch, start_step=start_step)
+    metrics = Metrics(
+        p.run_dir, plan, ranks, log_every=run.log_every, batch=run.batch, start_step=start_step,
+        diagnose=p.method.diagnose,
+    )  # fmt: skip
 
     def save(step: int) -> None:
         path = p.checkpoints.save(
-            step, lambda folder: write_shards(engine, folder, ranks), facts=p.facts, need_bytes=need_bytes
+            step,
+            lambda folder: write_shards(engine, teacher, folder, ranks),
+            facts=p.facts,
+            need_bytes=need_bytes,
         )
         log.info("checkpoint %s", path)
 
@@ -147,10 +165,10 @@ def train(p: Prepared, *, arguments: list[str] | None = None) -> None:
     with loader:
         batches = iter(loader)
         try:
-            train_loop(engine, batches, metrics, save, run=run, plan=plan, start_step=start_step)
+            train_loop(engine, teacher, batches, metrics, save, run=run, plan=plan, start_step=start_step)
         finally:
             metrics.close()
-        state = whole_state(engine)
+        state = whole_state(engine, teacher.values())
         if ranks.is_main:
             write_results(run, p.run_dir, state, next(batches))
     ranks.barrier()
@@ -159,14 +177,21 @@ def train(p: Prepared, *, arguments: list[str] | None = None) -> None:
 # --- before the first step ------------------------------------------------------------------------
 
 
-def build_method(run: Run) -> Method:
-    """The method with fresh weights of the seed, or with those of `--init-from`."""
+def build_method(run: Run) -> tuple[Method, str | None]:
+    """The method with fresh weights of the seed, or with those of `--init-from` and a line on which.
+
+    A teacher that is not in that file starts as a copy of what its student has become.
+    """
     torch.manual_seed(run.seed)
     method = run.method.build(run.model)
-    if run.init_from is not None and not run.resume:
-        state = method.state_dict()
-        method.load_state_dict(from_mae(read_weights(run.init_from), state, f"init-from: {run.init_from}"))
-    return method
+    check_names(method.state_dict())
+    check_copies(method)
+    if run.init_from is None or run.resume:
+        return method, None
+    flat, wanted = read_weights(run.init_from), method.state_dict()
+    method.load_state_dict(from_mae(flat, wanted, f"init-from: {run.init_from}"))
+    copy_students(method, missing_in(flat, wanted))
+    return method, f"{words_on_weights(flat, wanted)}, from {run.init_from}"
 
 
 def choose_run_dir(run: Run, ranks: Ranks) -> Path:
@@ -226,6 +251,7 @@ def describe(p: Prepared) -> None:
         ("length", f"{plan.total_steps} steps, {plan.steps_per_epoch} per {plan.num_samples} images"),
         ("rate", f"{plan.peak_lr:.3g} after {plan.warmup_steps:g} steps, optimizer {run.optim.name}"),
         ("on", f"{plan.device}, {plan.precision}, ZeRO {run.zero}, attention {plan.attention}"),
+        *([("weights", p.weights)] if p.weights else []),
         ("run dir", str(p.run_dir)),
         *(("note", note) for note in plan.notes),
     ]
@@ -247,26 +273,44 @@ def cache_line(p: Prepared) -> list[tuple[str, str]]:
 
 
 def checkpoint_bytes(method: Method, run: Run, plan: Plan) -> int:
-    """About the size of a checkpoint: weights, two moments, and the fp32 master that ZeRO and bf16 keep."""
+    """About the size of a checkpoint: weights, two moments, and the fp32 masters that ZeRO and bf16 keep."""
     weights = sum(p.numel() * p.element_size() for p in method.parameters())
     trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    return weights + trained * (12 if run.zero or plan.precision == "bf16" else 8)
+    averaged = sum(t.numel() for t, _ in pairs_of(method)) if plan.precision == "bf16" else 0
+    return weights + trained * (12 if run.zero or plan.precision == "bf16" else 8) + averaged * 4
 
 
-def write_shards(engine: deepspeed.DeepSpeedEngine, folder: Path, ranks: Ranks) -> None:
-    """This rank's files: DeepSpeed's shards, the rank's own random state and the kernels it has chosen."""
+def teacher_file(folder: Path, ranks: Ranks) -> Path:
+    return folder / f"teacher-rank{ranks.rank}.pt"
+
+
+def write_shards(engine: deepspeed.DeepSpeedEngine, teacher: Teacher, folder: Path, ranks: Ranks) -> None:
+    """This rank's files: DeepSpeed's shards, what these lack of the teacher, if there is one, the rank's own
+    random state and the kernels it has chosen."""
     save_shards(engine, folder)
+    if teacher.parameters:
+        torch.save(teacher.state(), teacher_file(folder, ranks))
     state: dict[str, Any] = {"cpu": torch.get_rng_state(), "attention": attention_choices()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     torch.save(state, folder / f"random-rank{ranks.rank}.pt")
 
 
-def restore(engine: deepspeed.DeepSpeedEngine, found: Checkpoint, ranks: Ranks) -> int:
+def restore(engine: deepspeed.DeepSpeedEngine, teacher: Teacher, found: Checkpoint, ranks: Ranks) -> int:
     """Load the shards `write_shards` wrote; returns the finished steps."""
+
+    def load_teacher() -> None:
+        path = teacher_file(found.path, ranks)
+        if not path.exists():
+            raise CheckpointError(f"there is no {path.name}: the checkpoint was saved without a teacher")
+        teacher.load(torch.load(path, weights_only=True))
+
+    if teacher.parameters:  # first, since all ranks must agree before DeepSpeed's collectives
+        ranks.all_succeed(load_teacher, f"resuming the teacher from {found.path}", raises=CheckpointError)
     path, _ = engine.load_checkpoint(str(found.path.parent), tag=found.path.name)
     if path is None:
         raise CheckpointError(f"DeepSpeed finds nothing to load in {found.path}")
+    teacher.refresh()
     state = torch.load(found.path / f"random-rank{ranks.rank}.pt", weights_only=True)
     torch.set_rng_state(state["cpu"])
     pin_attention_choices(state.get("attention", ()))  # checkpoints of older versions have none
@@ -283,8 +327,8 @@ def restore(engine: deepspeed.DeepSpeedEngine, found: Checkpoint, ranks: Ranks) 
 def write_results(run: Run, run_dir: Path, state: dict[str, Tensor], batch: Batch) -> None:
     """The weights, the encoder alone, and the pictures, on one rank, from whole fp32 weights."""
     metadata = encoder_metadata(run.model)
-    save_file(part_of(state, ENCODER), run_dir / "encoder.safetensors", metadata=metadata)
-    save_file(to_mae(state), run_dir / "model.safetensors", metadata=metadata)
+    save_file(to_timm(state), run_dir / "encoder.safetensors", metadata=metadata)
+    save_file(to_file(state), run_dir / "model.safetensors", metadata=metadata)
     draw_loss(run_dir / "metrics.jsonl", run_dir / "loss.png")
     method = run.method.build(replace(run.model, attention="auto"))  # in fp32, which xformers may not serve
     method.load_state_dict(state)

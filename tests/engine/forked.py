@@ -89,14 +89,14 @@ def on_ranks(world: int, fn: Callable[[Ranks], Any]) -> list[Any]:
     return [child.result() for child in start_ranks(world, fn)]
 
 
-def scenarios(script: Path) -> dict[str, Any]:
-    """What `main` of the script gathered in a process of its own."""
+def scenarios(script: Path, *names: str) -> dict[str, Any]:
+    """What `main` of the script gathered in a process of its own: of these functions, or of all."""
     root = Path(__file__).resolve().parents[2]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "results"
         environment = os.environ | {"PYTHONPATH": str(root)}
         run = subprocess.run(
-            [sys.executable, str(script), str(out)],
+            [sys.executable, str(script), str(out), *names],
             env=environment,
             capture_output=True,
             text=True,
@@ -107,11 +107,11 @@ def scenarios(script: Path) -> dict[str, Any]:
 
 
 def main(functions: list[Callable[[Path], Any]]) -> None:
-    """Call each with an empty folder and leave their results, by name, in the file that argv names."""
+    """Call each, or those that argv names, with an empty folder; leave their results in the file it names."""
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         tempfile.tempdir = folder  # the stores of the ranks go with it
-        for fn in functions:
+        for fn in (f for f in functions if f.__name__ in (sys.argv[2:] or [f.__name__])):
             (Path(folder) / fn.__name__).mkdir()
             results[fn.__name__] = fn(Path(folder) / fn.__name__)
     Path(sys.argv[1]).write_bytes(pickle.dumps(results))

@@ -33,8 +33,8 @@ def test_one_process_needs_no_process_group(monkeypatch):
 
 def test_rows_are_gathered_in_rank_order_without_gradient(answers):
     x = [[0, 2, 4], [1, 3, 5]]
-    both = [*x, *[[100 + v for v in row] for row in x]]
-    assert answers["rows"] == [(both, False)] * 2
+    rows = [[100 * rank + v for v in row] for rank in range(4) for row in x]
+    assert answers["rows"] == [(rows, False)] * 4
 
 
 @pytest.mark.parametrize("fields", [(2, 2, 0), (-1, 1, 0), (0, 1, -1)])

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastmim.engine.checkpoint import CheckpointError
+from fastmim.engine.config import Run
 from fastmim.engine.pretrain import prepare, train
 from tests.engine.conftest import tiny_run
 
@@ -21,10 +23,12 @@ ROOT = Path(__file__).resolve().parents[2]
 STAGES = (0, 1, 2, 3)
 
 
-def train_and_resume(images: Path, folder: Path, *, zero: int, total: int, stop: int) -> None:
+def train_and_resume(
+    images: Path, folder: Path, *, zero: int, total: int, stop: int, make: Callable[..., Run] = tiny_run
+) -> None:
     """Two runs of `total` steps in folder/whole and folder/resumed; the second restarts after `stop`."""
     settings = {"zero": zero, "steps": total, "save_every": stop, "keep": 100}
-    p = prepare(tiny_run(images, folder / "whole", **settings))
+    p = prepare(make(images, folder / "whole", **settings))
     train(p)
     if p.ranks.is_main:  # as a kill after the checkpoint of `stop` leaves it: later rows, no later checkpoint
         shutil.copytree(folder / "whole", folder / "resumed")
@@ -36,7 +40,7 @@ def train_and_resume(images: Path, folder: Path, *, zero: int, total: int, stop:
         for name in ("model.safetensors", "encoder.safetensors"):
             (folder / "resumed" / name).unlink()
     p.ranks.barrier()
-    train(prepare(tiny_run(images, folder / "resumed", resume=True, **settings)))
+    train(prepare(make(images, folder / "resumed", resume=True, **settings)))
 
 
 def assert_same(folder: Path, total: int, stop: int) -> None:

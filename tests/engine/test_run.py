@@ -1,23 +1,19 @@
 """A whole run in one process: what it leaves, what it refuses, and methods the engine has never heard of."""
 
 import json
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from torch import nn
 
 from fastmim.engine.config import make_plan
 from fastmim.engine.deepspeed import deepspeed_dictionary
 from fastmim.engine.metrics import NonFinite
 from fastmim.engine.pretrain import images_of, prepare, train
-from fastmim.methods.base import Method, MethodConfig, Output
-from fastmim.models.vit import Encoder
-from fastmim.views import View
 from tests.engine.conftest import tiny_run
+from tests.engine.siamese import SiameseConfig
 
 
 @pytest.mark.parametrize(("method", "decoder"), [("mae", "dali"), ("rmae", "pillow")])
@@ -112,45 +108,6 @@ def test_nothing_is_left_out_or_changed_in_silence(images, tmp_path):
 # --- methods the engine has never heard of ------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class SiameseConfig(MethodConfig):
-    """Two crops of two sizes and an EMA teacher: what iBOT, DINO and MoCo v3 ask of the engine."""
-
-    name: ClassVar[str] = "siamese"
-
-    def build(self, model):
-        return Siamese(model)
-
-
-class Siamese(Method):
-    def __init__(self, model):
-        super().__init__()
-        self.views = (View(size=(16, 16), crop=0), View(size=(8, 8), crop=1, scale=(0.05, 0.3)))
-        self.encoder, self.teacher = Encoder(model), Encoder(model)
-        self.teacher.load_state_dict(self.encoder.state_dict())
-        self.teacher.requires_grad_(False)
-        self.head = nn.Linear(model.width, 4)
-        self.progress = []
-
-    def forward(self, batch):
-        large, small = batch.views
-        assert large.shape[1:] == (16, 16, 3)
-        assert small.shape[1:] == (8, 8, 3)
-        everything = torch.arange(16).expand(len(large), 16)
-        with torch.no_grad():
-            target = self.teacher(large, everything)[:, 0]
-        online = self.encoder(large, everything[:, :4])[:, 0]
-        assert self.peers.gather_rows(online).shape[0] == self.peers.world * len(online)
-        loss = (online - target).square().mean() + self.head(online).square().mean()
-        return Output(loss.float(), {"target": target.float().mean()})
-
-    @torch.no_grad()
-    def after_step(self, progress):
-        self.progress.append(progress)
-        for t, s in zip(self.teacher.parameters(), self.encoder.parameters(), strict=True):
-            t.lerp_(s, 0.1)
-
-
 def test_views_teacher_and_metrics_of_an_unknown_method(images, tmp_path):
     p = prepare(tiny_run(images, tmp_path, method="mae", zero=1))
     run = replace(p.run, method=SiameseConfig())
@@ -158,7 +115,9 @@ def test_views_teacher_and_metrics_of_an_unknown_method(images, tmp_path):
     before = p.method.teacher.blocks[0].mlp.fc1.weight.clone()
     train(p)
     assert p.method.progress == pytest.approx([(i + 1) / 10 for i in range(10)])
-    assert not torch.equal(before, p.method.teacher.blocks[0].mlp.fc1.weight)
+    after = p.method.teacher.blocks[0].mlp.fc1.weight
+    assert not torch.equal(before, after)
+    assert not torch.equal(p.method.encoder.blocks[0].mlp.fc1.weight, after)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert "target" in rows[-1]
     assert (tmp_path / "encoder.safetensors").exists()

@@ -7,12 +7,23 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastmim.interop.mae import export_mae, from_mae, read_weights, to_mae
+from fastmim.interop.mae import (
+    check_names,
+    export_mae,
+    from_mae,
+    missing_in,
+    read_weights,
+    to_file,
+    to_mae,
+    to_timm,
+    words_on_weights,
+)
 from fastmim.methods.mae import MAEConfig
 from fastmim.methods.rmae import RMAEConfig
 from fastmim.models import VITS
 from fastmim.models.mae_decoder import DecoderConfig
 from fastmim.models.vit import ViTConfig
+from tests.engine.siamese import SiameseConfig
 
 MODEL = ViTConfig(width=16, depth=2, heads=2, patch=4, image_size=16)
 DECODER = DecoderConfig(width=8, depth=1, heads=2)
@@ -82,6 +93,83 @@ def test_an_untied_second_decoder_starts_as_the_first():
     method.load_state_dict(from_mae(official_checkpoint()["model"], method.state_dict(), "file"))
     assert torch.equal(method.decoder2.mask_token, method.decoder.mask_token)
     assert torch.equal(method.decoder2.decoder_pred.weight, method.decoder.decoder_pred.weight)
+
+
+def test_an_untied_second_decoder_comes_back_from_a_runs_own_file():
+    one, two = (RMAEConfig(decoder=DECODER, tie_decoders=False).build(MODEL) for _ in range(2))
+    two.load_state_dict(from_mae(to_file(one.state_dict()), two.state_dict(), "file"))
+    assert all(torch.equal(t, one.state_dict()[name]) for name, t in two.state_dict().items())
+    assert not torch.equal(two.decoder2.mask_token, two.decoder.mask_token)
+
+
+# --- methods with more than an MAE checkpoint has -----------------------------------------------------
+
+
+def test_all_of_a_method_is_in_its_file_and_an_mae_checkpoint_within():
+    torch.manual_seed(1)
+    method = SiameseConfig().build(MODEL)
+    state = method.state_dict()
+    flat = to_file(state)
+    assert len(flat) == len(state)
+    own = {"encoder.mask_token", "head.bias", "teacher.mask_token", "teacher.blocks.1.norm1.bias"}
+    assert own < flat.keys()
+    theirs = {name for name in layout(2, 16, 1, 8, 16, 4) if not name.startswith(("decoder", "mask_token"))}
+    assert theirs < flat.keys()
+    assert to_timm(state).keys() == to_mae(state).keys() == theirs
+    other = SiameseConfig().build(MODEL)
+    assert not missing_in(flat, other.state_dict())
+    other.load_state_dict(from_mae(flat, other.state_dict(), "file"))
+    assert all(torch.equal(t, state[name]) for name, t in other.state_dict().items())
+
+
+def test_an_mae_checkpoint_gives_a_method_its_encoder_and_leaves_the_rest():
+    flat = official_checkpoint()["model"]
+    method = SiameseConfig().build(MODEL)
+    before = {name: t.clone() for name, t in method.state_dict().items()}
+    method.load_state_dict(from_mae(flat, before, "file"))
+    for name, t in method.state_dict().items():
+        bare = name.removeprefix("encoder.")
+        assert torch.equal(t, flat[bare] if name != bare and bare != "mask_token" else before[name]), name
+    assert words_on_weights(flat, before) == (
+        "encoder; not there: encoder.mask_token, teacher, head, teacher_head, norm_of_head; left out: decoder"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher.norm.bias": None}, "missing teacher.norm.bias"),  # a part is whole or not there
+        ({"norm.bias": None}, "missing norm.bias"),
+        ({"head.bias": torch.zeros(7)}, r"head.bias is \(7,\), this model has \(5,\)"),
+        ({"projector.weight": torch.zeros(1)}, "not of this model projector.weight"),
+    ],
+)
+def test_parts_in_pieces_and_parts_of_others_are_refused(changes, message):
+    state = SiameseConfig().build(MODEL).state_dict()
+    flat = {name: t for name, t in (to_file(state) | changes).items() if t is not None}
+    with pytest.raises(ValueError, match=message):
+        from_mae(flat, state, "file")
+
+
+def test_a_file_of_another_method_is_no_checkpoint_of_mae_until_it_is_exported(tmp_path, capsys):
+    mae = MAEConfig(decoder=DECODER).build(MODEL)
+    file = to_file(
+        mae.state_dict() | {"teacher.norm.bias": torch.zeros(16), "encoder.mask_token": torch.ones(1)}
+    )
+    with pytest.raises(ValueError, match="not of this model encoder.mask_token, teacher.norm.bias"):
+        from_mae(file, mae.state_dict(), "file")
+    save_file(file, tmp_path / "model.safetensors")
+    export_mae(tmp_path, tmp_path / "mae.pth")
+    assert capsys.readouterr().out.endswith("no place for it: encoder.mask_token, teacher\n")
+    flat = read_weights(tmp_path / "mae.pth")
+    assert flat.keys() == layout(2, 16, 1, 8, 16, 4).keys()
+    mae.load_state_dict(from_mae(flat, mae.state_dict(), "file"))
+
+
+def test_a_name_that_a_file_would_take_for_the_encoders_is_refused():
+    check_names(["encoder.norm.weight", "decoder.mask_token", "teacher.norm.weight"])
+    with pytest.raises(ValueError, match="want norm.weight under another name"):
+        check_names(["norm.weight"])
 
 
 def test_another_model_is_refused_by_name():

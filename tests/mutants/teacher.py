@@ -1,0 +1,178 @@
+"""Planted faults of the teachers, in the engine and in files: each must turn a test red (`make mutants`)."""
+
+TESTS = ["tests/engine/test_teacher.py", "tests/interop/test_mae.py"]
+TEACHER = "fastmim/engine/teacher.py"
+DOOR = "fastmim/engine/deepspeed.py"
+PRETRAIN = "fastmim/engine/pretrain.py"
+MAE = "fastmim/interop/mae.py"
+ONE, TWO, RESUMED = "average and 1-Case", "(average or rounded) and 2-Case", "resumed_run and (1 or 2)"
+FAULTS = [
+    (
+        TEACHER,
+        "            self.master = torch.cat(self.weights).float()\n",
+        "            self.master = torch.cat(self.weights)\n",
+        "under bf16 the copy is bf16: the teacher stands still",
+        ONE,
+    ),
+    (
+        TEACHER,
+        "            self.updates += 1\n            self.refresh()\n",
+        "            self.updates += 1\n",
+        "the weights that the forward uses stay behind",
+        "rounded and 1-Case",
+    ),
+    (
+        TEACHER,
+        "        if self.kept_whole:\n            gather_again(self.kept_whole)\n",
+        "",
+        "what ZeRO 3 keeps whole stays behind its shards",
+        "rounded and 1-Case",
+    ),
+    (
+        TEACHER,
+        "if engine.zero_optimization_stage() in (1, 2) and ranks.world > 1:",
+        "if False:",
+        "each rank refreshes only the share that it has",
+        TWO,
+    ),
+    (
+        TEACHER,
+        "row[: sum(sizes)].split(sizes)",
+        "self.mine[: sum(sizes)].split(sizes)",
+        "every rank's share is taken from this rank's",
+        TWO,
+    ),
+    (
+        TEACHER,
+        "            self.master.copy_(state[\"master\"])\n",
+        "            pass\n",
+        "a resumed teacher starts from rounded weights",
+        "resumed_run and 1",
+    ),
+    (
+        TEACHER,
+        '        self.updates = state["updates"]\n',
+        "",
+        "the number of updates starts again",
+        "resumed_run and 1",
+    ),
+    (
+        TEACHER,
+        "if theirs != ours or (state[\"master\"] is None) != (self.master is None):",
+        "if theirs != ours:",
+        "a checkpoint of another precision passes",
+        "another_precision",
+    ),
+    (
+        TEACHER,
+        "if not torch.equal(t, s)]",
+        "if t.shape != s.shape]",
+        "a teacher that is no copy passes",
+        "none_are_refused",
+    ),
+    (
+        TEACHER,
+        "        if any(names[p] in missing for p in teacher.parameters()):\n",
+        "        if False:\n",
+        "the teacher of an MAE encoder stays as it was drawn",
+        "starts_as_the_student",
+    ),
+    (
+        TEACHER,
+        "        if any(names[p] in missing for p in teacher.parameters()):\n",
+        "        if True:\n",
+        "the teacher of a run's own file is thrown away",
+        "own_file_whole",
+    ),
+    (
+        DOOR,
+        "    if not engine.bfloat16_enabled():  #",
+        "    if True:  #",
+        "the teacher follows the student's rounded weights",
+        ONE,
+    ),
+    (
+        DOOR,
+        "return start, shard.detach()[: parameter.ds_numel - start]",
+        "return start, shard.detach()",
+        "padding of the last shard is taken for weights",
+        TWO,
+    ),
+    (
+        DOOR,
+        "return mapping.lp_fragment_address.start, mapping.hp_fragment.detach()",
+        "return 0, mapping.hp_fragment.detach()",
+        "a share that begins within a parameter goes to its beginning",
+        TWO,
+    ),
+    (
+        DOOR,
+        "            if sharded:\n                dist.all_reduce(whole)\n",
+        "",
+        "the weights at the end are one rank's shards",
+        TWO,
+    ),
+    (
+        DOOR,
+        "    first.partition(param_list=parameters)\n",
+        "",
+        "what is still whole is not gathered again",
+        "rounded and 1-Case",
+    ),
+    (
+        "fastmim/engine/loop.py",
+        "teacher.step(done / plan.total_steps)",
+        "teacher.step(step / plan.total_steps)",
+        "the momentum is that of the step before",
+        "one_launch and 1-Case",
+    ),
+    (
+        PRETRAIN,
+        "        torch.save(teacher.state(), teacher_file(folder, ranks))\n",
+        "        torch.save(teacher.state(), folder / \"teacher-rank0.pt\")\n",
+        "all ranks write one file",
+        "resumed_run and 2",
+    ),
+    (
+        "fastmim/engine/metrics.py",
+        "            self.warned = True\n",
+        "",
+        "a warning with every interval",
+        "diagnosis",
+    ),
+    (
+        MAE,
+        'there | {"encoder", "decoder"}',
+        'there',
+        "a file without the encoder passes",
+        "another_model",
+    ),
+    (
+        MAE,
+        "if s not in flat and part_in_file(s) in needed)",
+        "if s not in flat and bare_part(s))",
+        "half a teacher passes",
+        "in_pieces",
+    ),
+    (
+        MAE,
+        "if n.startswith(ENCODER) and n != MASK_TOKEN}",
+        "if n.startswith(ENCODER)}",
+        "timm is handed a mask token",
+        "own_file or within",
+    ),
+    (
+        MAE,
+        "    kept = only_mae(flat)\n",
+        "    kept = flat\n",
+        "an export holds the teacher",
+        "until_it_is_exported",
+    ),
+    (
+        MAE,
+        "first = source.removeprefix(DECODER2) if source not in flat else source",
+        "first = source.removeprefix(DECODER2)",
+        "a second decoder is lost on the way",
+        "second_decoder_comes_back",
+    ),
+]  # fmt: skip
