@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
-from fastmim_kernels import sample_keys
+from fastmim_kernels import ema_update, sample_keys
 from torch import Tensor, nn
 
 from benchmarks.harness import DEVICE
@@ -73,6 +73,19 @@ class PlainEngine:
         self.optimizer = torch_adamw(groups, optim)
         for group in self.optimizer.param_groups:
             group["lr"] = LEARNING_RATE
+        self.pair_averages()
+
+    def pair_averages(self) -> None:
+        """The teacher's weights, what is kept of them in fp32, and what that follows."""
+        master_of = {id(weight): master for weight, master in zip(self.weights, self.masters, strict=True)}
+        pairs = [
+            (t, master_of[id(s)])
+            for teacher, student in self.method.averages()
+            for t, s in zip(teacher.parameters(), student.parameters(), strict=True)
+            if id(s) in master_of
+        ]
+        self.teacher, self.followed = ([pair[i] for pair in pairs] for i in range(2))
+        self.averaged = [t.detach().float() if self.has_master else t for t in self.teacher]
 
     def forward(self, batch: Batch) -> Tensor:
         return self.method(batch).loss
@@ -87,6 +100,10 @@ class PlainEngine:
         if self.has_master:
             with torch.no_grad():
                 torch._foreach_copy_(self.weights, self.masters)
+        if self.teacher:
+            ema_update(self.averaged, self.followed, self.method.momentum(0.5))
+            if self.has_master:
+                torch._foreach_copy_(self.teacher, self.averaged)
         for p in self.weights:
             p.grad = None
         self.method.after_step(0.5)
@@ -102,7 +119,7 @@ class DeepSpeedEngine:
         from fastmim.engine.config import Run, make_plan
         from fastmim.engine.deepspeed import set_learning_rate, start_process_group, wrap
 
-        self.ranks = start_process_group(DEVICE)
+        self.ranks = method.peers = start_process_group(DEVICE)
         batch = arguments.batch * self.ranks.world
         run = Run(
             method=config,

@@ -3,7 +3,7 @@
     block     24 T D^2 + 4 D sum over segments of n^2          T tokens of width D, forward
     linear    2 rows in out                                    patch embedding, decoder embedding, head
     step      forward + backward; backward = 2 forward, 1 forward for the patch embedding, whose input is
-              the image and takes no gradient
+              the image and takes no gradient; none in a target branch
 
 They are those of the method as its paper computes it: all N patches are embedded, once, whatever is seen, and
 all tokens go through the decoder's head. What an implementation leaves out, or computes twice, does not
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from fastmim_kernels import num_seen
 
-from fastmim.methods import MAEConfig, RMAEConfig
+from fastmim.methods import CMAEConfig, MAEConfig, RMAEConfig
 from fastmim.methods.base import MethodConfig
 from fastmim.models.vit import ViTConfig
 
@@ -31,11 +31,13 @@ class Linear:
     n_out: int
     count: int = 1
     input_gradient: bool = True
+    trained: bool = True  # otherwise forward only
 
     @property
     def flops(self) -> int:
         """Forward and backward."""
-        return 2 * self.rows * self.n_in * self.n_out * self.count * (3 if self.input_gradient else 2)
+        passes = 1 + self.trained * (1 + self.input_gradient)
+        return 2 * self.rows * self.n_in * self.n_out * self.count * passes
 
 
 @dataclass(frozen=True)
@@ -45,16 +47,17 @@ class Stack:
     segments: tuple[int, ...]
     width: int
     depth: int
+    trained: bool = True
 
     def linears(self) -> Iterator[Linear]:
         rows, D = sum(self.segments), self.width
         for n_in, n_out in ((D, 3 * D), (D, D), (D, 4 * D), (4 * D, D)):
-            yield Linear(rows, n_in, n_out, self.depth)
+            yield Linear(rows, n_in, n_out, self.depth, trained=self.trained)
 
     @property
     def attention_flops(self) -> int:
         """Forward and backward."""
-        return 3 * 4 * self.width * sum(n * n for n in self.segments) * self.depth
+        return (3 if self.trained else 1) * 4 * self.width * sum(n * n for n in self.segments) * self.depth
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ class Work:
 
 def work(method: MethodConfig, model: ViTConfig) -> Work:
     """The reference work of one image. ValueError for a method whose formula is not written here."""
+    if isinstance(method, CMAEConfig):
+        return siamese_work(method, model)
     views = seen_of_views(method, model)
     assert isinstance(method, MAEConfig)
     N, V, d = model.num_patches, len(views), method.decoder.width
@@ -94,6 +99,24 @@ def work(method: MethodConfig, model: ViTConfig) -> Work:
     )
 
 
+def siamese_work(method: CMAEConfig, model: ViTConfig) -> Work:
+    """Of C-MAE: an online branch with two heads, a target branch with one and without a gradient."""
+    N, P, D, h, out = model.num_patches, model.patch_values, model.width, method.hidden, method.out
+    first = int(N * (1 - method.mask_ratio))
+    second = {"complement": N - first, "full": N, "independent": int(N * (1 - method.t2_ratio))}[method.t2]
+    stacks, others = [], []
+    for online, target in ((first, second), (second, first))[: 1 + method.symmetric]:
+        for seen, trained in ((online, True), (target, False)):
+            patches = N if method.mask_token else seen
+            rows = 1 if method.instances else patches + (method.compare == "patch+cls")
+            heads = ((D, h), (h, out), (out, h), (h, out))[: 4 if trained else 2]
+            stacks.append(Stack((1 + patches,), D, model.depth, trained))
+            embedding = trained and not method.freeze_patch_embed
+            others.append(Linear(N, P, D, input_gradient=False, trained=embedding))
+            others += [Linear(rows, n_in, n_out, trained=trained) for n_in, n_out in heads]
+    return Work(tuple(stacks), tuple(others))
+
+
 def seen_of_views(method: MethodConfig, model: ViTConfig) -> tuple[int, ...]:
     """How many patches each view of the method shows to the encoder."""
     N = model.num_patches
@@ -103,7 +126,7 @@ def seen_of_views(method: MethodConfig, model: ViTConfig) -> tuple[int, ...]:
         first = num_seen(N, method.mask_ratio)
         second = {"complement": N - first, "full": N, "independent": num_seen(N, method.t2_ratio)}
         return first, second[method.t2]
-    raise ValueError(f"want a method whose FLOPs are known, mae or rmae, got {method.name}")
+    raise ValueError(f"want a method whose FLOPs are known, mae, rmae or cmae, got {method.name}")
 
 
 def step_flops(method: MethodConfig, model: ViTConfig) -> int:

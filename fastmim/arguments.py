@@ -1,7 +1,7 @@
 """The command line of a run: which recipe, which size, and any field by its dotted name.
 
-Order of precedence: recipe of the method, then its scale, then --model, then dotted names. With --resume the
-saved command line of the run comes first and what is given now overrides it.
+Order of precedence: recipe of the method, then its variant, its scale, --model, then dotted names. With
+--resume the saved command line of the run comes first and what is given now overrides it.
 """
 
 import difflib
@@ -15,7 +15,7 @@ import tyro
 
 from fastmim.engine.config import Run
 from fastmim.models import VITS
-from fastmim.recipes import METHOD_RECIPES, SCALES
+from fastmim.recipes import METHOD_RECIPES, SCALES, VARIANTS, Variant
 
 DEFAULT_METHOD = "mae"
 
@@ -30,6 +30,8 @@ class Command:
     run: Annotated[Run, tyro.conf.arg(name="")]
     method: Literal[tuple(METHOD_RECIPES)] = DEFAULT_METHOD  # type: ignore[valid-type]
     """What to train; its own choices are --method.* below"""
+    variant: Literal[tuple(sorted({n for names in VARIANTS.values() for n in names}))] | None = None  # type: ignore[valid-type]
+    """Another row of the method's tables, of mae or cmae: see fastmim/recipes.py"""
     model: Literal[tuple(VITS)] | None = None  # type: ignore[valid-type]
     """Encoder size (by default the recipe's); patch and image size are --model.* below"""
     recipe: Literal[tuple(SCALES)] | None = None  # type: ignore[valid-type]
@@ -53,7 +55,11 @@ def parse(arguments: Sequence[str], *, quiet: bool = False) -> tuple[Command, li
     scale = one_of(
         SCALES, value_of(arguments, "--recipe") or ("imagenet" if has_data else "sample"), "recipe"
     )
-    run = SCALES[scale](METHOD_RECIPES[method]())
+    run = METHOD_RECIPES[method]()
+    variant = value_of(arguments, "--variant")
+    if variant is not None:
+        run = variant_of(method, variant).of(run)
+    run = SCALES[scale](run)
     size = value_of(arguments, "--model")
     if size is not None:
         preset = VITS[one_of(VITS, size, "model")]
@@ -61,13 +67,20 @@ def parse(arguments: Sequence[str], *, quiet: bool = False) -> tuple[Command, li
         run = replace(run, model=preset if scale == "imagenet" else small)
     command = tyro.cli(
         Command,
-        default=Command(run=run, method=method, recipe=scale),
+        default=Command(run=run, method=method, variant=variant, recipe=scale),
         args=arguments,
         prog="fastmim train",
         console_outputs=not quiet,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     return command, list(arguments)
+
+
+def variant_of(method: str, name: str) -> Variant:
+    known = VARIANTS.get(method, {})
+    if not known:
+        raise ValueError(f"variant: {method} has none, got {name!r}")
+    return known[one_of(known, name, f"variant of {method}")]
 
 
 def value_of(arguments: Sequence[str], flag: str) -> str | None:

@@ -63,7 +63,12 @@ def test_resume_takes_up_the_saved_command_line(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "rmea"], "method: want one of mae, rmae, got 'rmea'; did you mean rmae?"),
+        (["--method", "rmea"], "method: want one of mae, rmae, cmae, got 'rmea'; did you mean rmae?"),
+        (["--method", "cmae", "--variant", "byoll"], "got 'byoll'; did you mean byol?"),
+        (["--method", "mae", "--variant", "byol"], "variant of mae: want one of color-whole, color-visible"),
+        (["--method", "rmae", "--variant", "byol"], "variant: rmae has none, got 'byol'"),
+        (["--method", "cmae", "--method.no-mask-token"], "complementary views share no position"),
+        (["--method", "cmae", "--batch", "1"], "InfoNCE wants two or more images"),
         (["--model", "vit_bsae"], "got 'vit_bsae'; did you mean vit_base?"),
         (["--recipe", "cifar"], "got 'cifar'; did you mean cifar10?"),
         (["--model.image-size", "100"], "model.image-size: want multiples of the patch, 8, got 100 x 100"),

@@ -1,10 +1,12 @@
 """One file per paper: T, f and M. `METHODS` is the list of what can be trained."""
 
 from fastmim.methods.base import MethodConfig
+from fastmim.methods.cmae import CMAEConfig
 from fastmim.methods.mae import MAEConfig
 from fastmim.methods.rmae import RMAEConfig
 
 METHODS: dict[str, type[MethodConfig]] = {
     "mae": MAEConfig,  # He et al., arXiv:2111.06377
     "rmae": RMAEConfig,  # Kong & Zhang, arXiv:2208.04164
+    "cmae": CMAEConfig,  # Kong & Zhang, arXiv:2208.04164
 }

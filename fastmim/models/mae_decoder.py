@@ -14,7 +14,7 @@ from fastmim_kernels import restore_tokens
 from torch import Tensor, nn
 
 from fastmim.models.positions import sincos_2d
-from fastmim.models.vit import NORM_EPS, Block, ViTConfig, init_linear, view_lengths
+from fastmim.models.vit import NORM_EPS, Block, ViTConfig, init_linear, token_sources
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,21 +77,3 @@ class Decoder(nn.Module):
             index = scored_BL.repeat(V, 1)[..., None].expand(-1, -1, x.shape[-1])
             x = x.gather(1, index)
         return self.decoder_pred(self.decoder_norm(x)).split(B)
-
-
-def token_sources(seen: Sequence[Tensor], num_patches: int) -> Tensor:
-    """For each decoder position the row of the packed encoding that fills it, or -1. `[V * B, 1 + N]` int64.
-
-    Rows count through `[B, T]`; views follow one another in the batch; position 0 is the class token.
-    """
-    lengths = view_lengths(seen)
-    B, T, device = len(seen[0]), sum(lengths), seen[0].device
-    first_row_B1 = torch.arange(B, device=device)[:, None] * T
-    sources, start = [], 0
-    for index_BK, length in zip(seen, lengths, strict=True):
-        rows_BL = first_row_B1 + torch.arange(start, start + length, device=device)
-        source = torch.full((B, 1 + num_patches), -1, device=device)
-        position_BL = torch.cat([index_BK.new_zeros(B, 1), index_BK + 1], dim=1)
-        sources.append(source.scatter_(1, position_BL, rows_BL))
-        start += length
-    return torch.cat(sources)

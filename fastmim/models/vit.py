@@ -3,7 +3,7 @@
 Source  Dosovitskiy et al., arXiv:2010.11929; sizes, fixed sine-cosine positions and initialisation as
         in MAE, arXiv:2111.06377, and its repository facebookresearch/mae.
 Keys    The state dict of `Encoder` is that of timm's VisionTransformer, and of the encoder half of an
-        MAE checkpoint: cls_token, pos_embed, patch_embed.proj, blocks.N, norm.
+        MAE checkpoint: cls_token, pos_embed, patch_embed.proj, blocks.N, norm. With it, mask_token.
 Shapes  B images, K visible patches, N = h * w patches, P = patch * patch * channels values of a patch in
         row, column, channel order, T tokens of all views together, D width, H heads.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from fastmim_kernels import add_layer_norm, bias_gelu, gather_patches
+from fastmim_kernels import add_layer_norm, bias_gelu, gather_patches, restore_tokens
 from fastmim_kernels.attention import Backend, attention
 from torch import Tensor, nn
 
@@ -202,41 +202,72 @@ def init_linear(module: nn.Module) -> None:
     """MAE's rule for `Module.apply`: Xavier-uniform matrices (fused qkv as one), zero biases."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 class Encoder(nn.Module):
-    """ViT that takes uint8 images and, for each view of them, the indices of the patches it may see."""
+    """ViT that takes uint8 images and, for each view of them, the indices of the patches it may see.
 
-    def __init__(self, config: ViTConfig):
+    What it may not see it drops; with `mask_token` it has a token of its own in its place.
+    """
+
+    def __init__(self, config: ViTConfig, mask_token: bool = False):
         super().__init__()
         self.config = config
         D = config.width
         self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.empty(1, 1, D))
+        self.mask_token = nn.Parameter(torch.empty(1, 1, D)) if mask_token else None
         self.pos_embed = nn.Parameter(sincos_2d(D, config.grid)[None], requires_grad=False)
         self.blocks = nn.ModuleList(Block(D, config.heads, config.attention) for _ in range(config.depth))
         self.norm = AddNorm(D)
         self.blocks.apply(init_linear)
-        nn.init.normal_(self.cls_token, std=0.02)
+        for token in (self.cls_token, self.mask_token):
+            if token is not None:
+                nn.init.normal_(token, std=0.02)
 
-    def forward(self, image_BHWC: Tensor, *seen: Tensor) -> Tensor:
+    def forward(self, image_BHWC: Tensor, *seen: Tensor, final_norm: bool = True) -> Tensor:
         """Encode every view in one pass. `[B, H, W, C]` uint8 and V index tensors `[B, K_v]` to `[B, T, D]`.
 
         The tokens of view v are one run of 1 + K_v along T = sum of (1 + K_v), class token first; runs
         do not attend to one another, so this equals one pass per view. `split_views` undoes it.
+        With mask tokens there is one view and T = 1 + N: every patch at its place, in rows.
         """
         if not seen:
             raise ValueError("want at least one index tensor of visible patches, got none")
-        index_BK = seen[0] if len(seen) == 1 else torch.cat(seen, dim=1)
+        if self.mask_token is None:
+            x_BTD, segments = self.embed_visible(image_BHWC, seen), view_lengths(seen)
+        elif len(seen) == 1:
+            x_BTD = self.embed_all(image_BHWC, seen[0], self.mask_token)
+            segments = (x_BTD.shape[1],)
+        else:
+            raise ValueError(f"want one view of an image for an encoder with mask tokens, got {len(seen)}")
+        branch_BTD = None
+        for block in self.blocks:
+            x_BTD, branch_BTD = block(x_BTD, branch_BTD, segments)
+        if final_norm:
+            return self.norm(x_BTD, branch_BTD)[0]
+        return x_BTD if branch_BTD is None else x_BTD + branch_BTD
+
+    def embed_visible(self, image_BHWC: Tensor, seen: Sequence[Tensor]) -> Tensor:
+        """The visible patches of each view behind a class token, positions added. `[B, T, D]`."""
+        index_BK = seen[0] if len(seen) == 1 else torch.cat(list(seen), dim=1)
         patches_BKD = self.patch_embed(image_BHWC, index_BK) + self.pos_embed[0, 1:][index_BK]
         cls_B1D = (self.cls_token + self.pos_embed[:, :1]).expand(len(index_BK), -1, -1)
         runs = patches_BKD.split([s.shape[1] for s in seen], dim=1)
-        x_BTD = torch.cat([part for run in runs for part in (cls_B1D, run)], dim=1)
-        segments, branch_BTD = view_lengths(seen), None
-        for block in self.blocks:
-            x_BTD, branch_BTD = block(x_BTD, branch_BTD, segments)
-        return self.norm(x_BTD, branch_BTD)[0]
+        return torch.cat([part for run in runs for part in (cls_B1D, run)], dim=1)
+
+    def embed_all(self, image_BHWC: Tensor, seen_BK: Tensor, mask_token_11D: Tensor) -> Tensor:
+        """A class token, then every patch in its place, hidden ones as mask tokens. `[B, 1 + N, D]`.
+
+        A patch embedding acts on each patch alone: only the visible ones need one.
+        """
+        rows_BKD = self.patch_embed(image_BHWC, seen_BK)
+        cls_B1D = self.cls_token.expand(len(rows_BKD), -1, -1)
+        rows_RD = torch.cat([cls_B1D, rows_BKD], dim=1).flatten(0, 1)
+        source_BT = token_sources((seen_BK,), self.config.num_patches)
+        return restore_tokens(rows_RD, source_BT, mask_token_11D.view(-1), self.pos_embed[0])
 
 
 def view_lengths(seen: Sequence[Tensor]) -> tuple[int, ...]:
@@ -247,3 +278,21 @@ def view_lengths(seen: Sequence[Tensor]) -> tuple[int, ...]:
 def split_views(z_BTD: Tensor, seen: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The packed encoding of `Encoder.forward` as one `[B, 1 + K_v, D]` per view, class token first."""
     return z_BTD.split(view_lengths(seen), dim=1)
+
+
+def token_sources(seen: Sequence[Tensor], num_patches: int) -> Tensor:
+    """For each position the row of the packed encoding that fills it, or -1. `[V * B, 1 + N]` int64.
+
+    Rows count through `[B, T]`; views follow one another in the batch; position 0 is the class token.
+    """
+    lengths = view_lengths(seen)
+    B, T, device = len(seen[0]), sum(lengths), seen[0].device
+    first_row_B1 = torch.arange(B, device=device)[:, None] * T
+    sources, start = [], 0
+    for index_BK, length in zip(seen, lengths, strict=True):
+        rows_BL = first_row_B1 + torch.arange(start, start + length, device=device)
+        source = torch.full((B, 1 + num_patches), -1, device=device)
+        position_BL = torch.cat([index_BK.new_zeros(B, 1), index_BK + 1], dim=1)
+        sources.append(source.scatter_(1, position_BL, rows_BL))
+        start += length
+    return torch.cat(sources)

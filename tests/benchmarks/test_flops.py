@@ -8,12 +8,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.flops import step_flops, work
 from fastmim.interop.mae import to_mae
-from fastmim.methods import MAEConfig, RMAEConfig
+from fastmim.methods import CMAEConfig, MAEConfig, RMAEConfig
 from fastmim.methods.base import MethodConfig
 from fastmim.models import VITS
 from fastmim.models.vit import ViTConfig
-from tests.methods import plain
+from tests.methods import cmae_plain, plain
 from tests.methods.conftest import DECODER, MODEL, make_batch
+from tests.methods.test_cmae import make_cmae, make_pair
 
 
 @pytest.mark.parametrize(
@@ -50,8 +51,34 @@ def test_rmae_against_torchs_counter(t2):
     assert counted(config, MODEL) == step_flops(config, MODEL) + patch_embedding
 
 
+@pytest.mark.parametrize("size", ["vit_base", "vit_large"])
+def test_published_total_of_cmae(size):
+    """About 144 and 496 GFLOP are published, which leaves out the backward of the heads."""
+    published = {"vit_base": 144, "vit_large": 496}[size]
+    backward = 2 / 3 * sum(linear.flops for linear in work(CMAEConfig(), VITS[size]).others[1:5])
+    assert (step_flops(CMAEConfig(), VITS[size]) - backward) / 1e9 == pytest.approx(published, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"compare": "cls"},
+        {"compare": "patch+cls", "symmetric": True},
+        {"mask_token": False, "t2": "full"},
+        {"mask_token": False, "t2": "independent", "symmetric": True},
+    ],
+    ids=str,
+)
+def test_cmae_against_torchs_counter(changes):
+    cmae = make_cmae(**changes)
+    with FlopCounterMode(display=False) as counter:
+        cmae_plain.loss_and_gradients(cmae, make_pair(4), None, torch.float32)
+    assert counter.get_total_flops() == 4 * step_flops(cmae.config, MODEL)
+
+
 def test_a_method_without_a_formula_is_refused():
-    with pytest.raises(ValueError, match="mae or rmae, got unknown"):
+    with pytest.raises(ValueError, match="mae, rmae or cmae, got unknown"):
         step_flops(type("Unknown", (MethodConfig,), {"name": "unknown"})(), MODEL)
 
 

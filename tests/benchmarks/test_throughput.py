@@ -12,6 +12,7 @@ import torch
 from benchmarks import engines, throughput
 from benchmarks.engines import PlainEngine, WrongLoss, check_method, check_step, first, step, synthetic
 from benchmarks.harness import ROOT
+from fastmim.engine.ranks import Ranks
 from fastmim.methods import METHODS
 from fastmim.optim import OptimConfig, torch_adamw
 from fastmim.optim.groups import parameter_groups
@@ -34,7 +35,11 @@ sys.exit(main(sys.argv[1:]))
 
 def make(name: str = "mae"):
     torch.manual_seed(0)
-    return METHODS[name](decoder=DECODER).build(MODEL)
+    small = {"decoder": DECODER, "hidden": 40, "out": 20}
+    config = METHODS[name]()
+    method = replace(config, **{k: v for k, v in small.items() if hasattr(config, k)}).build(MODEL)
+    method.peers = Ranks.single()
+    return method
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -49,6 +54,10 @@ def test_the_plain_engine_in_fp32_is_adamw(name):
         loss = twin(batch).loss
         loss.backward()
         optimizer.step()
+        with torch.no_grad():
+            for teacher, student in twin.averages():
+                for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
+                    t.lerp_(s, 1 - twin.momentum(0.5))
         assert step(engine, batch).item() == loss.item()
     for (key, p), q in zip(twin.named_parameters(), engine.method.parameters(), strict=True):
         assert torch.equal(p, q), key

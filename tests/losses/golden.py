@@ -25,6 +25,7 @@ def losses(method_name: str) -> list[float]:
     import torch
     from fastmim_kernels import draw_uint32, sample_keys
 
+    from fastmim.engine.ranks import Ranks
     from fastmim.methods import METHODS
     from fastmim.models.mae_decoder import DecoderConfig
     from fastmim.models.vit import ViTConfig
@@ -37,9 +38,10 @@ def losses(method_name: str) -> list[float]:
     torch.manual_seed(0)
     model = ViTConfig(width=64, depth=3, heads=2, patch=8, image_size=(48, 64))
     config = METHODS[method_name]()
-    if hasattr(config, "decoder"):
-        config = replace(config, decoder=DecoderConfig(width=48, depth=2, heads=3))
+    small = {"decoder": DecoderConfig(width=48, depth=2, heads=3), "hidden": 128, "out": 48}
+    config = replace(config, **{name: size for name, size in small.items() if hasattr(config, name)})
     method = config.build(model)
+    method.peers = Ranks.single()
     groups = parameter_groups(method.named_parameters(), weight_decay=0.05)
     optimizer = torch_adamw(groups, OptimConfig())
     found = []
@@ -49,16 +51,21 @@ def losses(method_name: str) -> list[float]:
         ids = torch.arange(4) + 4 * step
         keys = sample_keys(0, 0, ids)
         views = tuple(
-            draw_uint32(keys, v.size[0] * v.size[1] * 3, 200)
+            draw_uint32(keys, v.size[0] * v.size[1] * 3, 200 + i)
             .view(4, *v.size, 3)
             .bitwise_and(255)
             .to(torch.uint8)
-            for v in method.views
+            for i, v in enumerate(method.views)
         )
         loss = method(Batch(views, keys, ids, 0)).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        with torch.no_grad():
+            for teacher, student in method.averages():
+                m = method.momentum((step + 1) / STEPS)
+                for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
+                    t.copy_(m * t + (1 - m) * s)
         method.after_step((step + 1) / STEPS)
         found.append(loss.item())
     return found

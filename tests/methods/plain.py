@@ -73,6 +73,19 @@ def encode(image_BHWC: Tensor, visible_BN: Tensor, w: dict[str, Tensor], p: int,
     return layer_norm(z, w, "norm")
 
 
+def encode_with_mask_tokens(
+    image_BHWC: Tensor, visible_BN: Tensor, w: dict[str, Tensor], p: int, heads: int
+) -> Tensor:
+    """Every patch, its embedding replaced by the mask token where it is not visible; a class token first."""
+    dtype = w["cls_token"].dtype
+    x = F.conv2d(normalised(image_BHWC, dtype), w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], p)
+    x = torch.where(visible_BN[..., None], x.flatten(2).transpose(1, 2), w["mask_token"])
+    z = torch.cat([w["cls_token"].expand(len(x), 1, -1), x], dim=1) + w["pos_embed"]
+    for i in range(count(w, "blocks")):
+        z = block(z, w, f"blocks.{i}", heads)
+    return layer_norm(z, w, "norm")
+
+
 def decode(z: Tensor, visible_BN: Tensor, w: dict[str, Tensor], heads: int) -> Tensor:
     """Predicted values of every patch, `[B, N, P]`."""
     y = linear(z, w, "decoder_embed")

@@ -5,9 +5,9 @@ import torch
 from fastmim_kernels import sample_keys, split_patches
 
 from fastmim.models import VITS
-from fastmim.models.mae_decoder import Decoder, DecoderConfig, token_sources
+from fastmim.models.mae_decoder import Decoder, DecoderConfig
 from fastmim.models.positions import resize_positions, sincos_2d
-from fastmim.models.vit import Encoder, ViTConfig, split_views
+from fastmim.models.vit import Encoder, ViTConfig, split_views, token_sources
 
 SMALL = ViTConfig(width=32, depth=2, heads=4, patch=4, image_size=(16, 24))
 
@@ -159,3 +159,72 @@ def test_an_encoder_wants_a_view():
     image, _ = images_and_keys()
     with pytest.raises(ValueError, match="at least one index tensor"):
         Encoder(SMALL)(image)
+
+
+# --- mask tokens in the encoder -------------------------------------------------------------------------
+
+
+def with_mask_token() -> Encoder:
+    torch.manual_seed(0)
+    return Encoder(SMALL, mask_token=True)
+
+
+def test_a_mask_token_is_one_more_key_and_changes_no_other():
+    plain, masked = Encoder(SMALL).state_dict(), with_mask_token().state_dict()
+    assert masked.keys() - plain.keys() == {"mask_token"} and plain.keys() <= masked.keys()
+    assert masked["mask_token"].shape == (1, 1, 32)
+    wide = Encoder(ViTConfig(width=768, depth=1, heads=12), mask_token=True)
+    assert wide.mask_token.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+def test_every_patch_has_its_place_and_hidden_ones_the_mask_token():
+    """Against a patch embedding of the whole image, in which the hidden rows are replaced."""
+    encoder = with_mask_token()
+    image, keys = images_and_keys()
+    seen, hidden = split_patches(keys, 24, 6)
+    everything = torch.arange(24).expand(3, 24)
+    x = encoder.patch_embed(image, everything).clone()
+    for b in range(3):
+        x[b, hidden[b]] = encoder.mask_token[0, 0]
+    x = torch.cat([encoder.cls_token.expand(3, 1, -1), x], dim=1) + encoder.pos_embed
+    branch = None
+    for block in encoder.blocks:
+        x, branch = block(x, branch)
+    z = encoder(image, seen)
+    assert z.shape == (3, 25, 32)
+    torch.testing.assert_close(z, encoder.norm(x, branch)[0])
+    torch.testing.assert_close(encoder(image, seen, final_norm=False), x + branch)
+
+
+def test_with_all_patches_seen_the_mask_token_does_not_matter():
+    encoder, plain = with_mask_token(), Encoder(SMALL)
+    plain.load_state_dict({k: v for k, v in encoder.state_dict().items() if k != "mask_token"})
+    image, _ = images_and_keys()
+    everything = torch.arange(24).expand(3, 24)
+    torch.testing.assert_close(encoder(image, everything), plain(image, everything))
+
+
+def test_hidden_pixels_do_not_reach_an_encoder_with_mask_tokens():
+    encoder = with_mask_token()
+    image, keys = images_and_keys()
+    seen, hidden = split_patches(keys, 24, 6)
+    before = encoder(image, seen)
+    for b, n in [(row, n) for row in range(3) for n in hidden[row].tolist()]:
+        image[b, n // 6 * 4 : n // 6 * 4 + 4, n % 6 * 4 : n % 6 * 4 + 4] ^= 0x7F
+    assert torch.equal(encoder(image, seen), before)
+    before.sum().backward()
+    assert encoder.mask_token.grad.any()
+
+
+def test_the_last_norm_can_be_left_out():
+    encoder = Encoder(SMALL)
+    image, keys = images_and_keys()
+    seen, hidden = split_patches(keys, 24, 6)
+    z = encoder(image, seen, hidden, final_norm=False)
+    torch.testing.assert_close(encoder.norm(z)[0], encoder(image, seen, hidden))
+
+
+def test_an_encoder_with_mask_tokens_wants_one_view():
+    image, keys = images_and_keys()
+    with pytest.raises(ValueError, match="want one view of an image for an encoder with mask tokens, got 2"):
+        with_mask_token()(image, *split_patches(keys, 24, 6))

@@ -1,0 +1,323 @@
+"""C-MAE: two coloured, complementary views of one crop, compared token by token in feature space.
+
+    T  T1(x) = color1(x) * M keeps 25 % of the patches, T2(x) = color2(x) * (1 - M) the others    (Eq. 6, 11)
+    f  the encoder with mask tokens at the hidden patches, all N + 1 tokens; projector p, predictor q
+    M  mean over positions i of InfoNCE(q(p(f(T1)))_i, p'(f'(T2))_i); f', p' are averages of f, p  (Eq. 9, 10)
+
+Source  Kong & Zhang, arXiv:2208.04164; no official code exists. Theirs: heads of two layers with GELU, 2048
+        wide within and 768 without, temperature 0.2, averages at 0.996. Not CMAE of arXiv:2207.13532.
+Left open by the paper, and why it is as it is here:
+        negatives        those of the same position in other images, as in MoCo v3, to which the paper sends
+                         the reader. Other positions of the same image can be told apart by the positions that
+                         both branches add, without looking at the image.
+        positions        all: Eq. 9 has no mask, and mask tokens give hidden patches an output to compare.
+        symmetric        no: Eq. 11 has one direction, and T1 and T2 differ.
+        t2               complement, as Eq. 6 couples them.
+        mask_token       without it the complement shares no position with T1, and nothing is said of what is
+                         compared: T2 must then be `full` or `independent`, or whole images be compared.
+        head_norm        none is mentioned. Heads follow the encoder's last norm and start as MAE's layers.
+        ema_schedule     a single value is given: constant. After the optimizer's step.
+        color            "follows SimSiam", whose blur is not named: jitter and greyscale; one crop for both.
+        loss_scale       the 2 tau of MoCo v3 is not in Eq. 9.
+        loss=byol        2 - 2 cos, mean over tokens, heads and averages as they are.
+        cutmix           T1 sees mixed images and T2 clean ones; the positive of a patch is the key of the
+                         image that it came from. A box has whole patches.
+        freeze_patch_embed   MoCo v3 freezes it; not said here.
+Shapes  B images of this rank, T compared tokens: N patches, 1 + N with the class token, 1 for whole images.
+"""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from fastmim_kernels import split_patches
+from fastmim_kernels.info_nce import MAX_D
+from torch import Tensor, nn
+
+from fastmim.methods.base import Method, MethodConfig, Output
+from fastmim.methods.cmae_loss import Distance, Negatives, compare_tokens
+from fastmim.methods.health import collapse, health
+from fastmim.methods.mae import check_ratio, num_seen_checked
+from fastmim.methods.rmae import SECOND_DRAW
+from fastmim.models.cutmix import cutmix_mask, mix_patches, partners
+from fastmim.models.heads import Head, Norm
+from fastmim.models.vit import Encoder, ViTConfig
+from fastmim.views import C_MAE, Batch, View
+
+
+@dataclass(frozen=True, kw_only=True)
+class CMAEConfig(MethodConfig):
+    """C-MAE of Kong & Zhang (arXiv:2208.04164)."""
+
+    name: ClassVar[str] = "cmae"
+    mask_ratio: float = 0.75
+    """Fraction of the patches that T1 hides; 0 hides none, and wants t2=full"""
+    t2: Literal["complement", "independent", "full"] = "complement"
+    """What T2 shows: what T1 hides, a draw of its own, or everything"""
+    t2_ratio: float = 0.25
+    """Fraction hidden from T2; read by t2=independent only"""
+    mask_token: bool = True
+    """Tokens at the hidden patches; without, the encoder drops these, and common positions are compared"""
+    compare: Literal["patch", "cls", "avg", "patch+cls"] = "patch"
+    """What is compared: each patch, the class token, the mean of the patches, or patches and class token"""
+    positions: Literal["all", "masked", "visible"] = "all"
+    """Which patches are compared, by what the online branch sees"""
+    loss: Distance = "info_nce"
+    """info_nce, 2 - 2 cos, or -cos"""
+    negatives: Negatives = "batch"
+    """Same position of all images, all positions of the image, or both; read by loss=info_nce only"""
+    temperature: float = 0.2
+    """Of InfoNCE"""
+    loss_scale: Literal["none", "2tau"] = "none"
+    """2tau: InfoNCE times twice its temperature, as in MoCo v3"""
+    symmetric: bool = False
+    """Compare in both directions, and average"""
+    hidden: int = 2048
+    """Width of the hidden layer of projector and predictor"""
+    out: int = 768
+    """Width of what is compared"""
+    head_norm: Norm = "none"
+    """Norm within the heads; bn is that of all ranks"""
+    ema: float = 0.996
+    """Momentum of the target branch"""
+    ema_schedule: Literal["constant", "cosine"] = "constant"
+    """cosine: from ema to 1 at the end of training"""
+    color: bool = True
+    """Jitter and greyscale, a draw for each branch; otherwise both see the same pixels"""
+    blur_p: float = 0.0
+    """Probability of a Gaussian blur among the colours; SimSiam has 0.5"""
+    cutmix: bool = False
+    """Show the online branch a rectangle of another image in each"""
+    freeze_patch_embed: bool = False
+    """Leave the patch embedding as it is initialised"""
+
+    @property
+    def couples_batch(self) -> bool:  # type: ignore[override]
+        return (self.loss == "info_nce" and self.negatives != "image") or self.head_norm == "bn"
+
+    @property
+    def instances(self) -> bool:
+        """Whether whole images are compared."""
+        return self.compare in ("cls", "avg")
+
+    def __post_init__(self) -> None:
+        if self.mask_ratio != 0:
+            check_ratio("method.mask-ratio", self.mask_ratio)
+        check_ratio("method.t2-ratio", self.t2_ratio)
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"method.temperature: want more than 0, got {self.temperature}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"method.ema: want 0 or more and less than 1, got {self.ema}")
+        if self.hidden < 1 or not 1 <= self.out <= MAX_D:
+            raise ValueError(
+                f"method.hidden, method.out: want at least 1, and at most {MAX_D} out, "
+                f"got {self.hidden} and {self.out}"
+            )
+        if not 0 <= self.blur_p <= 1:
+            raise ValueError(f"method.blur-p: want a probability, got {self.blur_p}")
+        for wrong, message in self.contradictions():
+            if wrong:
+                raise ValueError(f"method.{message}")
+
+    def contradictions(self) -> list[tuple[bool, str]]:
+        """What cannot be had together: whether it was asked for, and what to say."""
+        tokens, hides = not self.instances, self.mask_ratio > 0
+        return [
+            (
+                not hides and self.t2 == "complement",
+                "t2: want full or independent with mask-ratio 0, got complement, which would show nothing",
+            ),
+            (
+                not self.mask_token and tokens and self.t2 == "complement",
+                "t2: want full or independent without mask tokens, or compare avg or cls: complementary "
+                "views share no position, got complement",
+            ),
+            (
+                not self.mask_token and self.positions == "masked",
+                "positions: want all or visible without mask tokens, whose encoder drops what is masked",
+            ),
+            (
+                self.instances and self.positions != "all",
+                f"positions: want all where whole images are compared, got {self.positions} and "
+                f"compare {self.compare}",
+            ),
+            (
+                self.positions == "masked" and not (hides and (self.t2 != "full" or not self.symmetric)),
+                "positions: want all or visible where nothing is hidden from the online branch, got masked",
+            ),
+            (
+                self.instances and self.loss == "info_nce" and self.negatives == "image",
+                f"negatives: want batch or all with compare {self.compare}: an image has one such token, "
+                "got image",
+            ),
+            (
+                self.loss_scale == "2tau" and self.loss != "info_nce",
+                f"loss-scale: 2tau is of loss info_nce, got loss {self.loss}",
+            ),
+            (self.blur_p > 0 and not self.color, "blur-p: blur is one of the colours, got no-color"),
+            (
+                self.cutmix and self.compare != "patch",
+                f"cutmix: want compare patch, as a mixed image has no single positive, got {self.compare}",
+            ),
+        ]
+
+    def check_batch(self, micro_batch: int, ranks: int) -> None:
+        if self.cutmix and micro_batch % 2:
+            raise ValueError(
+                f"method.cutmix: want an even number of images per micro-batch, got {micro_batch}"
+            )
+        if self.loss == "info_nce" and self.negatives != "image":
+            check_others(micro_batch * ranks)
+
+    def build(self, model: ViTConfig) -> "CMAE":
+        return CMAE(self, model)
+
+
+def check_others(num_images: int) -> None:
+    if num_images < 2:
+        raise ValueError(
+            "method.negatives: InfoNCE wants two or more images in a micro-batch of all ranks, got "
+            f"{num_images}; take a larger --batch, a smaller --accumulate, or --method.loss byol"
+        )
+
+
+class CMAE(Method):
+    def __init__(self, config: CMAEConfig, model: ViTConfig):
+        super().__init__()
+        self.config, self.model = config, model
+        N = model.num_patches
+        self.num_seen = N
+        if config.mask_ratio:
+            self.num_seen = num_seen_checked("method.mask-ratio", N, config.mask_ratio)
+        self.num_seen2 = {"complement": N - self.num_seen, "full": N}.get(config.t2, 0)
+        if config.t2 == "independent":
+            self.num_seen2 = num_seen_checked("method.t2-ratio", N, config.t2_ratio)
+        self.check_positions()
+        view = View(size=model.size)
+        color = replace(C_MAE, blur=config.blur_p)
+        self.views = (view,)
+        if config.color:
+            self.views = (replace(view, color=color, draw=0), replace(view, color=color, draw=1))
+        self.encoder = Encoder(model, mask_token=config.mask_token)
+        self.encoder.patch_embed.requires_grad_(not config.freeze_patch_embed)
+        out, hidden = config.out, config.hidden
+        self.projector = Head((model.width, hidden, out), norm=config.head_norm)
+        self.predictor = Head((out, hidden, out), norm=config.head_norm)
+        self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+        self.target_projector = copy.deepcopy(self.projector).requires_grad_(False)
+
+    def check_positions(self) -> None:
+        """ValueError where a draw leaves next to nothing to compare, or one candidate."""
+        N, c = self.model.num_patches, self.config
+        if not c.mask_token and not c.instances and self.num_seen * self.num_seen2 < N:
+            raise ValueError(
+                f"method.t2-ratio: T1 shows {self.num_seen} and T2 {self.num_seen2} of {N} patches, which "
+                "share less than one on average: want a lower ratio"
+            )
+        if c.loss == "info_nce" and c.negatives == "image" and N + (c.compare == "patch+cls") < 2:
+            raise ValueError("method.negatives: want two or more positions for image, got one")
+
+    def averages(self) -> Sequence[tuple[nn.Module, nn.Module]]:
+        return (self.target_encoder, self.encoder), (self.target_projector, self.projector)
+
+    def momentum(self, progress: float) -> float:
+        away = 1 - self.config.ema
+        if self.config.ema_schedule == "cosine":
+            away *= (1 + math.cos(math.pi * progress)) / 2
+        return 1 - away
+
+    def forward(self, batch: Batch) -> Output:
+        one, two = batch.views[0], batch.views[-1]
+        seen1_BK, seen2_BK = self.transform(batch.keys_B)
+        loss, metrics = self.direction(batch.keys_B, one, seen1_BK, two, seen2_BK)
+        if self.config.symmetric:
+            other, _ = self.direction(batch.keys_B, two, seen2_BK, one, seen1_BK)
+            loss = (loss + other) / 2
+        return Output(loss, metrics)
+
+    def transform(self, keys_B: Tensor) -> tuple[Tensor, Tensor]:
+        """The patches that T1 and T2 show. `[B, K1]` and `[B, K2]` int64, ascending."""
+        N, t2 = self.model.num_patches, self.config.t2
+        seen1_BK, hidden1_BL = split_patches(keys_B, N, self.num_seen)
+        if t2 == "complement":
+            return seen1_BK, hidden1_BL
+        stream = SECOND_DRAW if t2 == "independent" else 0
+        return seen1_BK, split_patches(keys_B, N, self.num_seen2, stream=stream)[0]
+
+    def direction(
+        self, keys_B: Tensor, online_BHWC: Tensor, online_BK: Tensor, target_BHWC: Tensor, target_BK: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of one image in each branch, and the patches that each may see."""
+        foreign_BT1 = None
+        if self.config.cutmix:
+            foreign_BN = cutmix_mask(keys_B, self.model.grid)
+            online_BHWC = mix_patches(online_BHWC, foreign_BN, self.model.patch)
+            foreign_BT1 = foreign_BN[..., None]
+        x_BLD = self.compared(self.encoder(online_BHWC, online_BK))
+        q_BTD = self.placed(self.predictor(self.projector(x_BLD)), online_BK)
+        with torch.no_grad():
+            x_BLD = self.compared(self.target_encoder(target_BHWC, target_BK))
+            k_BTD = self.placed(self.target_projector(x_BLD), target_BK).to(q_BTD.dtype)
+            present_BT = None if self.has_every_token(target_BK) else self.shown(target_BK)
+            if foreign_BT1 is not None:  # the positive of a patch is the key of the image it is from
+                k_BTD = torch.where(foreign_BT1, partners(k_BTD), k_BTD)
+                if present_BT is not None:
+                    present_BT = torch.where(foreign_BT1[..., 0], partners(present_BT), present_BT)
+            weight_BT = self.weight(online_BK, present_BT)
+        c = self.config
+        if c.loss == "info_nce" and c.negatives != "image":
+            check_others(len(keys_B) * self.peers.world)
+        loss, metrics = compare_tokens(
+            q_BTD, k_BTD, self.peers, present_BT, weight_BT, distance=c.loss, negatives=c.negatives,
+            temperature=c.temperature, scale=2 * c.temperature if c.loss_scale == "2tau" else 1.0,
+        )  # fmt: skip
+        return loss, metrics | health(q_BTD, k_BTD, weight_BT)
+
+    def compared(self, z_BSD: Tensor) -> Tensor:
+        """What of an encoding goes to the heads. `[B, S, D]` to `[B, L, D]`."""
+        if self.config.compare == "cls":
+            return z_BSD[:, :1]
+        if self.config.compare == "avg":
+            return z_BSD[:, 1:].mean(1, keepdim=True)
+        return z_BSD[:, 1:] if self.config.compare == "patch" else z_BSD
+
+    def has_every_token(self, seen_BK: Tensor) -> bool:
+        every = self.config.mask_token or seen_BK.shape[1] == self.model.num_patches
+        return every or self.config.instances
+
+    def placed(self, x_BLD: Tensor, seen_BK: Tensor) -> Tensor:
+        """Tokens of the visible patches at their positions, zeros elsewhere. `[B, L, D]` to `[B, T, D]`."""
+        if self.has_every_token(seen_BK):
+            return x_BLD
+        at_BL, T = seen_BK, self.model.num_patches
+        if self.config.compare == "patch+cls":
+            at_BL, T = F.pad(seen_BK + 1, (1, 0)), T + 1
+        out_BTD = x_BLD.new_zeros(len(x_BLD), T, x_BLD.shape[2])
+        return out_BTD.scatter(1, at_BL[..., None].expand_as(x_BLD), x_BLD)
+
+    def shown(self, seen_BK: Tensor, *, hidden: bool = False) -> Tensor:
+        """1 at the visible patches, or at the hidden ones, and at the class token. `[B, T]` fp32."""
+        B, N = len(seen_BK), self.model.num_patches
+        shown_BN = torch.full((B, N), float(hidden), device=seen_BK.device)
+        shown_BN = shown_BN.scatter_(1, seen_BK, float(not hidden))
+        return F.pad(shown_BN, (1, 0), value=1.0) if self.config.compare == "patch+cls" else shown_BN
+
+    def weight(self, online_BK: Tensor, present_BT: Tensor | None) -> Tensor | None:
+        """1 where a token is scored, 0 where not. `[B, T]`; None if all are."""
+        if self.config.instances:
+            return None
+        if self.config.mask_token:
+            positions = self.config.positions
+            return None if positions == "all" else self.shown(online_BK, hidden=positions == "masked")
+        both_BT = self.shown(online_BK)
+        return both_BT if present_BT is None else both_BT * present_BT
+
+    def diagnose(self, row: Mapping[str, float]) -> str | None:
+        remedies = "try --method.color, a lower --optim.blr or --method.freeze-patch-embed"
+        if self.config.loss != "info_nce":
+            remedies = "try --method.loss info_nce, --method.head-norm bn or a higher --method.ema"
+        return collapse(row, remedies)
