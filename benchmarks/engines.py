@@ -61,7 +61,9 @@ class PlainEngine:
     def __init__(self, method: Method, dtype: torch.dtype, optim: OptimConfig):
         self.method = method.to(DEVICE, dtype)
         self.has_master = dtype != torch.float32
-        groups = parameter_groups(method.named_parameters(), weight_decay=optim.weight_decay)
+        groups = parameter_groups(
+            method.named_parameters(), weight_decay=optim.weight_decay, decays=method.decays
+        )
         self.weights = [p for group in groups for p in group["params"]]
         self.masters = self.weights
         if self.has_master:
@@ -118,6 +120,7 @@ class DeepSpeedEngine:
         from fastmim.data import MemoryImages
         from fastmim.engine.config import Run, make_plan
         from fastmim.engine.deepspeed import set_learning_rate, start_process_group, wrap
+        from fastmim.engine.teacher import Teacher
 
         self.ranks = method.peers = start_process_group(DEVICE)
         batch = arguments.batch * self.ranks.world
@@ -131,6 +134,7 @@ class DeepSpeedEngine:
         )
         plan = make_plan(run, MemoryImages([b""] * batch), world=self.ranks.world, device=DEVICE)
         self.wrapped = wrap(method, run, plan)
+        self.teacher = Teacher(self.wrapped, self.ranks)
         self.wrapped.train()
         set_learning_rate(self.wrapped, LEARNING_RATE)
 
@@ -142,6 +146,7 @@ class DeepSpeedEngine:
 
     def update(self) -> None:
         self.wrapped.step()
+        self.teacher.step(0.5)
         self.wrapped.module.after_step(0.5)
 
 

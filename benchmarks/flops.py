@@ -17,8 +17,9 @@ from dataclasses import dataclass
 
 from fastmim_kernels import num_seen
 
-from fastmim.methods import CMAEConfig, MAEConfig, RMAEConfig
+from fastmim.methods import CMAEConfig, CMAEHuangConfig, MAEConfig, RMAEConfig
 from fastmim.methods.base import MethodConfig
+from fastmim.methods.cmae_huang import checked_num_seen
 from fastmim.models.vit import ViTConfig
 
 
@@ -82,6 +83,8 @@ def work(method: MethodConfig, model: ViTConfig) -> Work:
     """The reference work of one image. ValueError for a method whose formula is not written here."""
     if isinstance(method, CMAEConfig):
         return siamese_work(method, model)
+    if isinstance(method, CMAEHuangConfig):
+        return huang_work(method, model)
     views = seen_of_views(method, model)
     assert isinstance(method, MAEConfig)
     N, V, d = model.num_patches, len(views), method.decoder.width
@@ -117,6 +120,27 @@ def siamese_work(method: CMAEConfig, model: ViTConfig) -> Work:
     return Work(tuple(stacks), tuple(others))
 
 
+def huang_work(method: CMAEHuangConfig, model: ViTConfig) -> Work:
+    """Of CMAE: MAE, a second decoder and two heads; a target branch on all patches without a gradient."""
+    N, P, D, d = model.num_patches, model.patch_values, model.width, method.decoder.width
+    h, out, tokens = method.hidden, method.out, 1 + checked_num_seen(method, model)
+    head = ((D, h), (h, out))
+    return Work(
+        stacks=(
+            Stack((tokens,), D, model.depth),
+            Stack((1 + N,), d, method.decoder.depth + method.feature_depth),
+            Stack((method.target_cls + N,), D, model.depth, trained=False),
+        ),
+        others=(
+            Linear(N, P, D, input_gradient=False),
+            Linear(N, P, D, input_gradient=False, trained=False),
+            *(x for out in (P, D) for x in (Linear(tokens, D, d), Linear(1 + N, d, out))),
+            *(Linear(1, n_in, n_out) for n_in, n_out in (*head, (out, h), (h, out))),
+            *(Linear(1, n_in, n_out, trained=False) for n_in, n_out in head),
+        ),
+    )
+
+
 def seen_of_views(method: MethodConfig, model: ViTConfig) -> tuple[int, ...]:
     """How many patches each view of the method shows to the encoder."""
     N = model.num_patches
@@ -126,7 +150,7 @@ def seen_of_views(method: MethodConfig, model: ViTConfig) -> tuple[int, ...]:
         first = num_seen(N, method.mask_ratio)
         second = {"complement": N - first, "full": N, "independent": num_seen(N, method.t2_ratio)}
         return first, second[method.t2]
-    raise ValueError(f"want a method whose FLOPs are known, mae, rmae or cmae, got {method.name}")
+    raise ValueError(f"want a method whose FLOPs are known, one of METHODS, got {method.name}")
 
 
 def step_flops(method: MethodConfig, model: ViTConfig) -> int:

@@ -63,7 +63,10 @@ def test_resume_takes_up_the_saved_command_line(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "rmea"], "method: want one of mae, rmae, cmae, got 'rmea'; did you mean rmae?"),
+        (
+            ["--method", "rmea"],
+            "method: want one of mae, rmae, cmae, cmae_huang, got 'rmea'; did you mean rmae?",
+        ),
         (["--method", "cmae", "--variant", "byoll"], "got 'byoll'; did you mean byol?"),
         (["--method", "mae", "--variant", "byol"], "variant of mae: want one of color-whole, color-visible"),
         (["--method", "rmae", "--variant", "byol"], "variant: rmae has none, got 'byol'"),

@@ -117,6 +117,7 @@ def wrap(method: Method, run: Run, plan: Plan) -> deepspeed.DeepSpeedEngine:
         weight_decay=run.optim.weight_decay,
         layer_decay=run.optim.layer_decay,
         depth=run.model.depth,
+        decays=method.decays,
     )
     by_deepspeed = run.optim.name == "deepspeed"
     engine, *_ = deepspeed.initialize(

@@ -2,6 +2,7 @@
 
 from fastmim.methods.base import MethodConfig
 from fastmim.methods.cmae import CMAEConfig
+from fastmim.methods.cmae_huang import CMAEHuangConfig
 from fastmim.methods.mae import MAEConfig
 from fastmim.methods.rmae import RMAEConfig
 
@@ -9,4 +10,5 @@ METHODS: dict[str, type[MethodConfig]] = {
     "mae": MAEConfig,  # He et al., arXiv:2111.06377
     "rmae": RMAEConfig,  # Kong & Zhang, arXiv:2208.04164
     "cmae": CMAEConfig,  # Kong & Zhang, arXiv:2208.04164
+    "cmae_huang": CMAEHuangConfig,  # Huang et al., arXiv:2207.13532
 }

@@ -86,6 +86,10 @@ class Method(nn.Module):
     def forward(self, batch: Batch) -> Output:
         raise NotImplementedError
 
+    def decays(self, name: str, parameter: nn.Parameter) -> bool | None:
+        """Whether weight decay applies to this parameter; None leaves it to MAE's 1-D rule."""
+        return None
+
     def averages(self) -> Sequence[tuple[nn.Module, nn.Module]]:
         """(teacher, student) modules of this method: every parameter of a teacher follows the student's.
 

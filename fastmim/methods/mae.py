@@ -92,10 +92,7 @@ class MAE(Method):
 
     def pixel_loss(self, pred_BLP: Tensor, image_BHWC: Tensor, index_BL: Tensor) -> Tensor:
         """Mean squared error of each patch against the pixels of the uint8 image. `[B, L]` fp32."""
-        m = self.model
-        return norm_pix_loss_image(
-            pred_BLP, image_BHWC, index_BL, m.patch, m.pixel_mean, m.pixel_std, normalize=self.config.norm_pix
-        )
+        return pixel_loss(pred_BLP, image_BHWC, index_BL, self.model, normalize=self.config.norm_pix)
 
     @torch.no_grad()
     def reconstruct(self, batch: Batch) -> Reconstruction:
@@ -103,6 +100,15 @@ class MAE(Method):
         seen_BK, _ = self.split(batch.keys_B)
         (pred_BNP,) = self.decoder(self.encoder(shown_BHWC, seen_BK), (seen_BK,))
         return Reconstruction(target_BHWC, seen_BK, pred_BNP, self.config.norm_pix)
+
+
+def pixel_loss(
+    pred_BLP: Tensor, image_BHWC: Tensor, index_BL: Tensor, model: ViTConfig, *, normalize: bool
+) -> Tensor:
+    """Mean squared error of each predicted patch against the pixels of the uint8 image. `[B, L]` fp32."""
+    return norm_pix_loss_image(
+        pred_BLP, image_BHWC, index_BL, model.patch, model.pixel_mean, model.pixel_std, normalize=normalize
+    )
 
 
 def scored_mean(loss_BL: Tensor, weight_BL: Tensor | None) -> Tensor:

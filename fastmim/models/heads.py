@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fastmim.models.vit import LinearGELU, init_linear
+from fastmim.models.vit import LinearFP32, LinearGELU, init_linear
 
 Activation = Literal["gelu", "relu"]
 Norm = Literal["none", "bn", "ln"]
@@ -31,7 +31,9 @@ HEAD_EPS = 1e-6
 class Head(nn.Sequential):
     """`[..., widths[0]]` to `[..., widths[-1]]` through hidden layers of the widths between.
 
-    `init` "mae": Xavier-uniform matrices and zero biases; "torch": nn.Linear's own.
+    `init` "mae": Xavier-uniform matrices and zero biases; "torch": nn.Linear's own. With `fp32` its products
+    are so in bf16 too: pooled features of different images lie so close together that batch norm, which takes
+    their differences, would find little else than rounding.
     """
 
     def __init__(
@@ -42,21 +44,23 @@ class Head(nn.Sequential):
         norm: Norm = "none",
         last_bias: bool = True,
         init: Init = "mae",
+        fp32: bool = False,
     ):
         super().__init__()
         if len(widths) < 2 or min(widths) < 1:
             raise ValueError(f"want two or more widths of at least 1, got {tuple(widths)}")
         for n_in, n_out in pairwise(widths[:-1]):
-            self.extend(hidden_layer(n_in, n_out, activation, norm))
-        self.append(nn.Linear(widths[-2], widths[-1], bias=last_bias))
+            self.extend(hidden_layer(n_in, n_out, activation, norm, fp32))
+        linear = LinearFP32 if fp32 else nn.Linear
+        self.append(linear(widths[-2], widths[-1], bias=last_bias))
         if init == "mae":
             self.apply(init_linear)
 
 
-def hidden_layer(n_in: int, n_out: int, activation: Activation, norm: Norm) -> list[nn.Module]:
-    if norm == "none" and activation == "gelu":
+def hidden_layer(n_in: int, n_out: int, activation: Activation, norm: Norm, fp32: bool) -> list[nn.Module]:
+    if norm == "none" and activation == "gelu" and not fp32:
         return [LinearGELU(n_in, n_out)]  # in one pass
-    layers: list[nn.Module] = [nn.Linear(n_in, n_out)]
+    layers: list[nn.Module] = [LinearFP32(n_in, n_out) if fp32 else nn.Linear(n_in, n_out)]
     if norm != "none":
         layers.append(BatchNorm(n_out) if norm == "bn" else nn.LayerNorm(n_out, eps=HEAD_EPS))
     return [*layers, nn.GELU() if activation == "gelu" else nn.ReLU()]

@@ -14,7 +14,7 @@ from fastmim_kernels import restore_tokens
 from torch import Tensor, nn
 
 from fastmim.models.positions import sincos_2d
-from fastmim.models.vit import NORM_EPS, Block, ViTConfig, init_linear, token_sources
+from fastmim.models.vit import NORM_EPS, Block, LinearFP32, ViTConfig, init_linear, token_sources
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +39,9 @@ class DecoderConfig:
 
 
 class Decoder(nn.Module):
-    """Predicts the pixels of chosen patches from the encoding of the visible ones."""
+    """Predicts the pixels of chosen patches from the encoding of the visible ones, or `out` of fp32."""
 
-    def __init__(self, config: DecoderConfig, model: ViTConfig):
+    def __init__(self, config: DecoderConfig, model: ViTConfig, out: int | None = None):
         super().__init__()
         d = config.width
         self.num_patches = model.num_patches
@@ -52,17 +52,23 @@ class Decoder(nn.Module):
             Block(d, config.heads, model.attention) for _ in range(config.depth)
         )
         self.decoder_norm = nn.LayerNorm(d, eps=NORM_EPS)
-        self.decoder_pred = nn.Linear(d, model.patch_values)
+        self.decoder_pred = nn.Linear(d, model.patch_values) if out is None else LinearFP32(d, out)
         self.apply(init_linear)
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(
-        self, z_BTD: Tensor, seen: Sequence[Tensor], scored_BL: Tensor | None = None
+        self,
+        z_BTD: Tensor,
+        seen: Sequence[Tensor],
+        scored_BL: Tensor | None = None,
+        *,
+        pool: bool = False,
     ) -> tuple[Tensor, ...]:
         """Decode all V views in one batch of V * B. Packed `[B, T, D]` to V predictions `[B, L, P]`.
 
         `seen` are the index tensors the encoding was made with; `scored_BL` the patches whose pixels
-        are wanted, of every view the same (None: all N of them). Differentiable in `z_BTD`.
+        are wanted, of every view the same (None: all N of them); with `pool` it is their mean, `[B, P]`.
+        Differentiable in `z_BTD`.
         """
         B, V = len(z_BTD), len(seen)
         rows_Rd = self.decoder_embed(z_BTD).flatten(0, 1)
@@ -76,4 +82,6 @@ class Decoder(nn.Module):
         if scored_BL is not None:  # the norm and the head work row by row: unscored rows need neither
             index = scored_BL.repeat(V, 1)[..., None].expand(-1, -1, x.shape[-1])
             x = x.gather(1, index)
+        if pool:  # the head is linear: that of the mean is the mean of all
+            return self.decoder_pred(self.decoder_norm(x).mean(1, dtype=torch.float32)).split(B)
         return self.decoder_pred(self.decoder_norm(x)).split(B)

@@ -153,6 +153,14 @@ class LinearGELU(nn.Linear):
         return bias_gelu(F.linear(x, self.weight), self.bias)
 
 
+class LinearFP32(nn.Linear):
+    """`x W + b` in fp32, whatever the dtype of its weights: for rows of which differences are taken."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(x.float(), self.weight.float(), bias)
+
+
 class MLP(nn.Module):
     def __init__(self, width: int):
         super().__init__()
@@ -227,12 +235,15 @@ class Encoder(nn.Module):
             if token is not None:
                 nn.init.normal_(token, std=0.02)
 
-    def forward(self, image_BHWC: Tensor, *seen: Tensor, final_norm: bool = True) -> Tensor:
+    def forward(
+        self, image_BHWC: Tensor, *seen: Tensor, class_token: bool = True, final_norm: bool = True
+    ) -> Tensor:
         """Encode every view in one pass. `[B, H, W, C]` uint8 and V index tensors `[B, K_v]` to `[B, T, D]`.
 
         The tokens of view v are one run of 1 + K_v along T = sum of (1 + K_v), class token first; runs
         do not attend to one another, so this equals one pass per view. `split_views` undoes it.
-        With mask tokens there is one view and T = 1 + N: every patch at its place, in rows.
+        With mask tokens there is one view and T = 1 + N: every patch at its place, in rows. One view can
+        be encoded without its class token, and any without the norm behind the last block.
         """
         if not seen:
             raise ValueError("want at least one index tensor of visible patches, got none")
@@ -243,6 +254,10 @@ class Encoder(nn.Module):
             segments = (x_BTD.shape[1],)
         else:
             raise ValueError(f"want one view of an image for an encoder with mask tokens, got {len(seen)}")
+        if not class_token:
+            if len(seen) != 1:
+                raise ValueError(f"want one view to be encoded without a class token, got {len(seen)}")
+            x_BTD, segments = x_BTD[:, 1:], (x_BTD.shape[1] - 1,)
         branch_BTD = None
         for block in self.blocks:
             x_BTD, branch_BTD = block(x_BTD, branch_BTD, segments)

@@ -7,7 +7,7 @@ Source  The 1-D rule and the layer-wise decay of facebookresearch/mae: no weight
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -28,11 +28,13 @@ def parameter_groups(
     weight_decay: float,
     layer_decay: float = 1.0,
     depth: int = 0,
+    decays: Callable[[str, nn.Parameter], bool | None] = lambda name, parameter: None,
 ) -> list[dict[str, Any]]:
     """Groups for a torch optimizer; every parameter that requires gradient is in exactly one.
 
     Each has `params`, `weight_decay`, `name`, and `lr_scale`, by which to multiply the schedule's rate. The
-    order is that of first appearance, so it is the same on every rank and in every run.
+    order is that of first appearance, so it is the same on every rank and in every run. `decays` may settle
+    for a parameter what the 1-D rule would otherwise.
     """
     if not 0 < layer_decay <= 1:
         raise ValueError(f"optim.layer-decay: want a factor in (0, 1], got {layer_decay}")
@@ -41,14 +43,16 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         layer = layer_of(name, depth)
-        decays = parameter.ndim > 1 and not name.endswith(".bias")
+        decayed = decays(name, parameter)
+        if decayed is None:
+            decayed = parameter.ndim > 1 and not name.endswith(".bias")
         key = f"layer{layer}" if layer_decay != 1.0 else "all"
-        key += "" if decays else "_no_decay"
+        key += "" if decayed else "_no_decay"
         if key not in groups:
             groups[key] = {
                 "name": key,
                 "params": [],
-                "weight_decay": weight_decay if decays else 0.0,
+                "weight_decay": weight_decay if decayed else 0.0,
                 "lr_scale": layer_decay ** (depth + 1 - layer),
             }
         groups[key]["params"].append(parameter)

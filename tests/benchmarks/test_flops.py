@@ -12,7 +12,7 @@ from fastmim.methods import CMAEConfig, MAEConfig, RMAEConfig
 from fastmim.methods.base import MethodConfig
 from fastmim.models import VITS
 from fastmim.models.vit import ViTConfig
-from tests.methods import cmae_plain, plain
+from tests.methods import cmae_plain, plain, test_cmae_huang
 from tests.methods.conftest import DECODER, MODEL, make_batch
 from tests.methods.test_cmae import make_cmae, make_pair
 
@@ -77,8 +77,16 @@ def test_cmae_against_torchs_counter(changes):
     assert counter.get_total_flops() == 4 * step_flops(cmae.config, MODEL)
 
 
+@pytest.mark.parametrize("changes", [{}, {"target_cls": False, "mask": "uniform"}], ids=str)
+def test_cmae_of_huang_against_torchs_counter(changes):
+    method = test_cmae_huang.make(loss="byol", **changes)  # whose similarity is no product of matrices
+    with FlopCounterMode(display=False) as counter:
+        test_cmae_huang.plain(method, test_cmae_huang.two_views(4), torch.float32)
+    assert counter.get_total_flops() == 4 * step_flops(method.config, MODEL)
+
+
 def test_a_method_without_a_formula_is_refused():
-    with pytest.raises(ValueError, match="mae, rmae or cmae, got unknown"):
+    with pytest.raises(ValueError, match="one of METHODS, got unknown"):
         step_flops(type("Unknown", (MethodConfig,), {"name": "unknown"})(), MODEL)
 
 

@@ -46,7 +46,8 @@ def make(name: str = "mae"):
 def test_the_plain_engine_in_fp32_is_adamw(name):
     batch = synthetic(make(name), 3, 6)
     engine, twin = PlainEngine(make(name), torch.float32, OptimConfig()), make(name)
-    optimizer = torch_adamw(parameter_groups(twin.named_parameters(), weight_decay=0.05), OptimConfig())
+    groups = parameter_groups(twin.named_parameters(), weight_decay=0.05, decays=twin.decays)
+    optimizer = torch_adamw(groups, OptimConfig())
     for group in optimizer.param_groups:
         group["lr"] = engines.LEARNING_RATE
     for _ in range(3):

@@ -42,7 +42,7 @@ def losses(method_name: str) -> list[float]:
     config = replace(config, **{name: size for name, size in small.items() if hasattr(config, name)})
     method = config.build(model)
     method.peers = Ranks.single()
-    groups = parameter_groups(method.named_parameters(), weight_decay=0.05)
+    groups = parameter_groups(method.named_parameters(), weight_decay=0.05, decays=method.decays)
     optimizer = torch_adamw(groups, OptimConfig())
     found = []
     for step in range(STEPS):

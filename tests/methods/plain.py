@@ -57,20 +57,30 @@ def block(x: Tensor, w: dict[str, Tensor], name: str, heads: int) -> Tensor:
 
 
 def count(w: dict[str, Tensor], prefix: str) -> int:
-    return 1 + max(int(name.split(".")[1]) for name in w if name.startswith(prefix + "."))
+    return 1 + max((int(name.split(".")[1]) for name in w if name.startswith(prefix + ".")), default=-1)
 
 
-def encode(image_BHWC: Tensor, visible_BN: Tensor, w: dict[str, Tensor], p: int, heads: int) -> Tensor:
+def encode(
+    image_BHWC: Tensor,
+    visible_BN: Tensor,
+    w: dict[str, Tensor],
+    p: int,
+    heads: int,
+    *,
+    cls_token: bool = True,
+    final_norm: bool = True,
+) -> Tensor:
     """The visible patches of each image, in the order of their numbers, behind a class token."""
     dtype = w["cls_token"].dtype
     x = F.conv2d(normalised(image_BHWC, dtype), w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], p)
     x = x.flatten(2).transpose(1, 2) + w["pos_embed"][:, 1:]
     B, _, D = x.shape
     cls = (w["cls_token"] + w["pos_embed"][:, :1]).expand(B, 1, D)
-    z = torch.cat([cls, x[visible_BN].reshape(B, -1, D)], dim=1)
+    x = x[visible_BN].reshape(B, -1, D)
+    z = torch.cat([cls, x], dim=1) if cls_token else x
     for i in range(count(w, "blocks")):
         z = block(z, w, f"blocks.{i}", heads)
-    return layer_norm(z, w, "norm")
+    return layer_norm(z, w, "norm") if final_norm else z
 
 
 def encode_with_mask_tokens(
