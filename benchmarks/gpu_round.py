@@ -94,7 +94,12 @@ def full(photographs: Path) -> list[Stage]:
             75,
         ),
         *(peer(name, "--model vit_base --batch 256 --steps 40", 75) for name in PEERS),
-        *jpeg(photographs, 512, "--rounds 2 --seconds 3", f"--model vit_base {step}"),
+        *jpeg(
+            photographs,
+            512,
+            "--rounds 2 --seconds 3 --providers dataloader dali_plain dali",
+            f"--model vit_base {step}",
+        ),
         tests("models and methods", "tests/models tests/methods", 60),
         tests("compile ahead", "tests/ops/test_compile_ahead.py", 60),
     ]

@@ -21,12 +21,25 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import json
 import logging
 
-from fastmim.arguments import parse
-from fastmim.engine.config import as_dict
+INTERRUPTED = 130  # as a shell says it: 128 + SIGINT
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse, build, run. Exits with 2 for what cannot be begun, with 1 for what ended early."""
+    """Parse, build, run. Exits with 2 for what cannot be begun, 1 for what ended early, 130 for Ctrl-C."""
+    try:
+        start(arguments)
+    except KeyboardInterrupt as caught:
+        if os.environ.get("RANK", "0") == "0":
+            print("fastmim: interrupted", *caught.args, file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)  # not by the end of torch, which may wait for other ranks
+
+
+def start(arguments: Sequence[str] | None) -> None:
+    from fastmim.arguments import parse  # seconds, in which one may be interrupted as well
+    from fastmim.engine.config import as_dict
+
     first = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -49,6 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         pretrain.train(prepared, arguments=arguments)
     except pretrain.ENDINGS as error:
         stop(error, 1, say=True)
+    except KeyboardInterrupt:
+        saved = any(prepared.checkpoints.folder.glob("step-*"))
+        hint = f"--run-dir {prepared.run_dir} --resume continues" if saved else "no checkpoint was made yet"
+        raise KeyboardInterrupt(f"in training; {hint}") from None
 
 
 def stop(error: Exception, code: int, *, say: bool) -> NoReturn:

@@ -53,6 +53,7 @@ DINO_SMALL = replace(BYOL_FIRST, blur=0.5)
 class View:
     """One image per sample: a random crop, resized to `size` (H, W) pixels, flipped and coloured at random.
 
+    The crop is a share of the image's area, so any image serves: one smaller than `size` is enlarged.
     With a `master` size the crop is resized to that instead, and the view is a window of it: at its top left
     corner, or as far down and as far right of it as is drawn, each from 0 to `shift` pixels.
     """

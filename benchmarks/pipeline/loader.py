@@ -1,148 +1,76 @@
-"""The loader alone: images per second from files to uint8 batches on the training device.
+"""The loader alone: images per second from encoded images to batches on the training device.
 
-python -m benchmarks.pipeline.loader IMAGENET/train
+python -m benchmarks.pipeline.loader FOLDER
+python -m benchmarks.pipeline.loader FOLDER --packed SHARDS              and from packed shards
+python -m benchmarks.pipeline.loader FOLDER --providers dali --threads 8 16 --hw-decoder-load 0.5 0.65 0.8
 
-Question   how many images per second do DALI and Pillow deliver on this machine, against the pipeline that
-           MAE's own code has?
+Question   how many images per second, and per core, does each choice deliver on this machine, against the
+           pipeline that MAE's own code has?
 Expected   DALI decodes only the box that is wanted, and resized_crop takes a third of Pillow's time for the
-           rest: 2x the baseline on few CPU cores, more with a GPU.
-Baseline   torch.utils.data.DataLoader with a process per core: Pillow decodes the whole image, then a crop by
-           RandomResizedCrop's law, a bicubic resize and a flip. It stops at uint8, which spares it the
-           conversion and the normalisation that MAE's code does on the CPU as well.
+           rest: 2x the baseline on few CPU cores, more with a GPU; 3x from shards of short side 256, which
+           `fastmim data pack --short-side 256` writes.
+Baseline   dataloader: what main_pretrain.py of facebookresearch/mae has. torch.utils.data.DataLoader with a
+           process per core: Pillow decodes the whole image, then torchvision's RandomResizedCrop (bicubic),
+           RandomHorizontalFlip, ToTensor and Normalize. It delivers float images, normalised; ours are uint8,
+           which `gather_patches` normalises on the device as it reads them, in the time of the step.
+Others     dataloader_uint8 stops before the conversion: the same work as ours. dali_plain is DALI's own
+           graph: its reader, its random crop, its bicubic resize, which is another filter than Pillow's.
+           `_packed` reads the shards of --packed.
 How        each turn is a process of its own that starts its provider, discards the first batches and counts
-           what comes until the time is up. Turns alternate in rounds.
+           what comes until the time is up. Turns alternate in rounds. Per core: of all this process may use.
+Left out   JPEG decoding at a fraction of the size (libjpeg's DCT scaling, Pillow's `draft`) is faster, but
+           another filter: it could only be a choice that is named, and is none here.
 """
 
 import argparse
 import importlib.util
-import math
 import os
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from benchmarks.harness import DEVICE, RESULTS, ROOT, append, environment, quantiles
+from benchmarks.pipeline.providers import NEEDS, PROVIDERS, SIZE, Turn
 
-SIZE = 224
-SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
+CORES = len(os.sched_getaffinity(0))
 WARM_UP = 6  # batches: more than any of them prepares ahead
+Choice = tuple[str, Turn]
 
 
-# --- the baseline -----------------------------------------------------------------------------------
-
-
-def random_box(height: int, width: int) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) by RandomResizedCrop's law, from torch's generator."""
-    for _ in range(10):
-        area = height * width * torch.empty(1).uniform_(*SCALE).item()
-        aspect = math.exp(torch.empty(1).uniform_(math.log(RATIO[0]), math.log(RATIO[1])).item())
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            top = int(torch.randint(height - h + 1, (1,)))
-            left = int(torch.randint(width - w + 1, (1,)))
-            return left, top, left + w, top + h
-    aspect = width / height
-    w = round(height * RATIO[1]) if aspect > RATIO[1] else width
-    h = round(width / RATIO[0]) if aspect < RATIO[0] else height
-    left, top = (width - w) // 2, (height - h) // 2
-    return left, top, left + w, top + h
-
-
-class WholeImages(Dataset[Tensor]):
-    """Files decoded whole, one at a time."""
-
-    def __init__(self, paths: Sequence[Path]):
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, i: int) -> Tensor:
-        from PIL import Image
-
-        with Image.open(self.paths[i]) as opened:
-            image = opened.convert("RGB")
-        image = image.crop(random_box(image.height, image.width))
-        image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-        if torch.rand(1) < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return torch.from_numpy(np.array(image))
-
-
-def baseline(folder: Path, batch: int, threads: int) -> Iterator[Tensor]:
-    from fastmim.data import find_images
-
-    images = find_images(folder)
-    paths = [images.path(i) for i in range(len(images))]
-    loader = DataLoader(
-        WholeImages(paths),
-        batch_size=batch,
-        sampler=RandomSampler(paths, replacement=True, num_samples=2**31),
-        num_workers=threads,
-        pin_memory=DEVICE == "cuda",
-    )
-    for views in loader:
-        yield views.to(DEVICE, non_blocking=True)
-
-
-# --- ours -------------------------------------------------------------------------------------------
-
-
-def ours(decoder: str, folder: Path, batch: int, threads: int) -> Iterator[Tensor]:
-    from fastmim.data import DataConfig, Loader, SampleOrder, find_images
-    from fastmim.views import View
-
-    images = find_images(folder)
-    loader = Loader(
-        images,
-        (View(size=(SIZE, SIZE)),),
-        SampleOrder(len(images), batch),
-        config=DataConfig(path=folder, decoder=decoder, threads=threads),
-        channels=3,
-        seed=0,
-        device=torch.device("cuda", torch.cuda.current_device()) if DEVICE == "cuda" else torch.device("cpu"),
-        bad_samples=Path(tempfile.mkdtemp()) / "bad_samples.jsonl",
-    )
-    with loader:
-        for found in loader:
-            yield found.views[0]
-
-
-PROVIDERS: dict[str, Callable[[Path, int, int], Iterator[Tensor]]] = {
-    "dataloader": baseline,
-    "pillow": lambda *arguments: ours("pillow", *arguments),
-    "dali": lambda *arguments: ours("dali", *arguments),
-}
-NEEDS = {"dataloader": "PIL", "pillow": "PIL", "dali": "nvidia.dali"}
-
-
-def absent(name: str) -> bool:
+def why_absent(name: str, a: argparse.Namespace) -> str | None:
+    if name.endswith("_packed") and a.packed is None:
+        return "no --packed shards"
     try:
-        return importlib.util.find_spec(NEEDS[name]) is None
+        found = importlib.util.find_spec(NEEDS[name])
     except ModuleNotFoundError:  # the package around it
-        return True
+        found = None
+    return None if found else f"{NEEDS[name]} is not installed"
 
 
-def take_turn(name: str, folder: Path, batch: int, threads: int, seconds: float) -> float:
+def take_turn(name: str, turn: Turn, seconds: float) -> float:
     """Images per second of one provider, once it runs."""
-    return rate(PROVIDERS[name](folder, batch, threads), (batch, SIZE, SIZE, 3), seconds)
+    as_float = name == "dataloader"
+    shape = (turn.batch, 3, SIZE, SIZE) if as_float else (turn.batch, SIZE, SIZE, 3)
+    return rate(PROVIDERS[name](turn), shape, seconds, torch.float32 if as_float else torch.uint8)
 
 
-def rate(batches: Iterator[Tensor], shape: tuple[int, ...], seconds: float) -> float:
+def rate(
+    batches: Iterator[Tensor], shape: tuple[int, ...], seconds: float, dtype: torch.dtype = torch.uint8
+) -> float:
     """Images per second that come, past the first. Checks that they are images."""
     for _ in range(WARM_UP):
         views = next(batches)
-    if views.shape != shape or views.dtype != torch.uint8 or views.float().std() < 1:
-        raise ValueError(f"want uint8 images {shape}, got {views.dtype} {tuple(views.shape)}")
+    contrast = 1.0 if dtype == torch.uint8 else 1 / 64
+    if views.shape != shape or views.dtype != dtype or not views.float().std() >= contrast:
+        raise ValueError(f"want {dtype} images {shape}, got {views.dtype} {tuple(views.shape)}")
     synchronize()
     start, count = time.perf_counter(), 0
     while count < 2 or time.perf_counter() - start < seconds:
@@ -183,61 +111,121 @@ def make_photographs(folder: Path, count: int, height: int = 375, width: int = 5
 # --- command ----------------------------------------------------------------------------------------
 
 
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("folder", type=Path, help="images, nested or flat")
+    p.add_argument("--packed", type=Path, help="the same images in shards, for the providers called _packed")
+    p.add_argument("--batch", type=int, default=256 if DEVICE == "cuda" else 32)
+    p.add_argument("--threads", type=int, nargs="+", default=[CORES], help="one or several, to compare")
+    p.add_argument(
+        "--hw-decoder-load", type=float, nargs="+", default=[0.65], metavar="SHARE",
+        help="share of JPEGs for a GPU's JPEG decoder: one or several, to compare; DALI on a GPU only",
+    )  # fmt: skip
+    p.add_argument("--seconds", type=float, default=5.0, help="of each turn")
+    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
+    p.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
+    p.add_argument("--make", type=int, metavar="COUNT", help="write so many files there, and stop")
+    p.add_argument("--turn", choices=PROVIDERS, help=argparse.SUPPRESS)  # in a process of its own
+    return p
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", type=Path, help="images, nested or flat")
-    parser.add_argument("--batch", type=int, default=256 if DEVICE == "cuda" else 32)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each turn")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
-    parser.add_argument("--make", type=int, metavar="COUNT", help="write so many files there, and stop")
-    parser.add_argument("--turn", choices=PROVIDERS, help=argparse.SUPPRESS)  # in a process of its own
-    a = parser.parse_args(arguments)
+    a = parser().parse_args(arguments)
     if a.make:
         make_photographs(a.folder, a.make)
         return 0
     if a.turn:
-        print(take_turn(a.turn, a.folder, a.batch, a.threads, a.seconds))
+        turn = Turn(a.folder, a.batch, a.threads[0], a.hw_decoder_load[0])
+        print(take_turn(a.turn, turn, a.seconds))
         return 0
     env = environment()
-    wanted = []
+    choices = wanted(a)
+    rates, failed = turns(choices, a)
+    medians = {choice: quantiles(rates[choice])[1] for choice in choices if choice not in failed}
+    for choice in choices:
+        row = row_of(choice, a, rates[choice], failed.get(choice), baseline_of(choice, medians))
+        append(a.results / "loader.jsonl", row | env)
+        print(sentence(row), flush=True)
+    return 1 if failed or not choices else 0
+
+
+def wanted(a: argparse.Namespace) -> list[tuple[str, Turn]]:
+    """Every provider that can be had, with every number of threads and, where it matters, every load."""
+    choices = []
     for name in a.providers:
-        if absent(name):
-            print(f"{name:>10}  absent: {NEEDS[name]} is not installed")
-        else:
-            wanted.append(name)
-    rates, failed = turns(wanted, a)
-    for name in wanted:
-        row = {"provider": name, "batch": a.batch, "threads": a.threads, "image_size": SIZE}
-        if name in failed:
-            row["failed"] = failed[name]
-        else:
-            low, median, high = quantiles(rates[name])
-            row |= {"images_per_s": median, "images_per_s_p20": low, "images_per_s_p80": high}
-        append(a.results / "loader.jsonl", row | {"turns": len(rates[name])} | env)
-        print(
-            f"{name:>10}  {failed.get(name) or f'{median:.1f} img/s ({low:.1f} to {high:.1f})'}", flush=True
-        )
-    return 1 if failed or not wanted else 0
+        if absent := why_absent(name, a):
+            print(f"{name:>16}  absent: {absent}")
+            continue
+        folder = a.packed if name.endswith("_packed") else a.folder
+        loads = a.hw_decoder_load if DEVICE == "cuda" and name.startswith("dali") else a.hw_decoder_load[:1]
+        choices += [
+            (name, Turn(folder.absolute(), a.batch, threads, load)) for threads in a.threads for load in loads
+        ]
+    return choices
 
 
-def turns(wanted: Sequence[str], a: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Rates of every turn by provider, and the last words of those that failed."""
-    rates: dict[str, list[float]] = {name: [] for name in wanted}
-    failed: dict[str, str] = {}
-    flags = [a.folder.absolute(), "--batch", a.batch, "--threads", a.threads, "--seconds", a.seconds]
-    for turn in range(a.rounds):
-        for name in list(wanted)[:: 1 if turn % 2 == 0 else -1]:
-            command = [sys.executable, "-m", "benchmarks.pipeline.loader", *map(str, flags), "--turn", name]
-            run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def baseline_of(choice: Choice, medians: dict[Choice, float]) -> tuple[str, float] | None:
+    """Name and rate of the baseline with as many threads; DataLoader to floats, or else to uint8."""
+    for name in ("dataloader", "dataloader_uint8"):
+        for (other, turn), rate in medians.items():
+            if other == name and turn.threads == choice[1].threads:
+                return name, rate
+    return None
+
+
+def row_of(
+    choice: Choice, a: argparse.Namespace, rates: Sequence[float], failed: str | None,
+    baseline: tuple[str, float] | None,
+) -> dict[str, Any]:  # fmt: skip
+    name, turn = choice
+    row: dict[str, Any] = {"provider": name, "batch": a.batch, "threads": turn.threads, "image_size": SIZE}
+    if DEVICE == "cuda" and name.startswith("dali"):
+        row["hw_decoder_load"] = turn.hw_decoder_load
+    row |= {"cores": CORES, "turns": len(rates)}
+    if failed:
+        return row | {"failed": failed}
+    low, median, high = quantiles(rates)
+    row |= {"images_per_s": median, "images_per_s_p20": low, "images_per_s_p80": high}
+    row["images_per_s_per_core"] = median / CORES
+    return row | ({"baseline": baseline[0], "of_baseline": median / baseline[1]} if baseline else {})
+
+
+def sentence(row: dict[str, Any]) -> str:
+    load = f", load {row['hw_decoder_load']:g}" if "hw_decoder_load" in row else ""
+    head = f"{row['provider']:>16}  {row['threads']:>3} threads{load}"
+    if "failed" in row:
+        return f"{head}  {row['failed']}"
+    spread = f"{row['images_per_s_p20']:.1f} to {row['images_per_s_p80']:.1f}"
+    compared = f"  {row['of_baseline']:.2f} x {row['baseline']}" if "baseline" in row else ""
+    rate = f"{row['images_per_s']:.1f} img/s ({spread})  {row['images_per_s_per_core']:.1f} per core"
+    return f"{head}  {rate}{compared}"
+
+
+def turns(
+    choices: Sequence[Choice], a: argparse.Namespace
+) -> tuple[dict[Choice, list[float]], dict[Choice, str]]:
+    """Rates of every turn by choice, and the last words of those that failed."""
+    rates: dict[Choice, list[float]] = {choice: [] for choice in choices}
+    failed: dict[Choice, str] = {}
+    for number in range(a.rounds):
+        for choice in list(choices)[:: 1 if number % 2 == 0 else -1]:
+            name, turn = choice
+            flags = [
+                "--batch",
+                turn.batch,
+                "--threads",
+                turn.threads,
+                "--hw-decoder-load",
+                turn.hw_decoder_load,
+            ]
+            flags += ["--seconds", a.seconds, "--turn", name]
+            command = [sys.executable, "-m", "benchmarks.pipeline.loader", turn.folder, *flags]
+            run = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True)
             if run.returncode:
-                failed[name] = (run.stderr.strip().splitlines() or ["no word"])[-1][:200]
+                failed[choice] = (run.stderr.strip().splitlines() or ["no word"])[-1][:200]
             else:
-                rates[name].append(float(run.stdout.split()[-1]))
+                rates[choice].append(float(run.stdout.split()[-1]))
     return rates, failed
 
 

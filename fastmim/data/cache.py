@@ -96,7 +96,14 @@ def fill(
     cache = Cache(buffer, starts_N, sizes.sizes_N2, channels)
     with closing(
         make_decoder(
-            config.decoder, (), batch=CHUNK, channels=channels, threads=threads, depth=1, device=device
+            config.decoder,
+            (),
+            batch=CHUNK,
+            channels=channels,
+            threads=threads,
+            depth=1,
+            device=device,
+            hw_decoder_load=config.hw_decoder_load,
         )
     ) as decoder:
         decoded = _decode(decoder, images, threads)

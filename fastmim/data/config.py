@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fastmim.data.decoder import DecoderName
+from fastmim.data.decoder import HW_DECODER_LOAD, DecoderName
 from fastmim.views import Augmentation
 
 CacheName = Literal["none", "ram", "device"]
@@ -30,6 +30,9 @@ class DataConfig:
     own. Without it: every image once. Of ImageNet's length: 1281167."""
     threads: int | None = None
     """Decoding threads of each rank. Without it: this machine's cores shared among its ranks."""
+    hw_decoder_load: float = HW_DECODER_LOAD
+    """Share of JPEG files that DALI gives to the GPU's own JPEG decoder, where it has one; CUDA cores take
+    the others. Of no effect on a CPU."""
     prefetch: int = 2
     """Micro-batches decoded ahead; as many again are read ahead."""
     max_bad_fraction: float = 0.01
@@ -42,6 +45,8 @@ class DataConfig:
             raise ValueError(f"want data.prefetch >= 1, got {self.prefetch}")
         if self.epoch_images is not None and self.epoch_images < 1:
             raise ValueError(f"want data.epoch-images >= 1, got {self.epoch_images}")
+        if not 0 <= self.hw_decoder_load <= 1:
+            raise ValueError(f"want 0 <= data.hw_decoder_load <= 1, got {self.hw_decoder_load}")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"want 0 <= data.max_bad_fraction <= 1, got {self.max_bad_fraction}")
 

@@ -4,13 +4,18 @@
 
 DALI decodes and does no more: its bicubic resize takes longer than the decoding, and repeats the edge where
 Pillow's stays inside. No draw happens in it: boxes are inputs, so it has no state and restarts anywhere.
-EXIF orientation is ignored, as torchvision's and Pillow's pipelines do. A file that cannot be decoded kills
-the pipeline; it is then found by decoding one at a time, and a new pipeline is built.
+EXIF orientation is ignored, as torchvision's and Pillow's pipelines do.
+
+Bad files   One that cannot be decoded kills the pipeline: it is found by decoding one at a time, and a new
+            pipeline is built. One that cannot be parsed kills the process: DALI 2.4 unwinds while its threads
+            still work on the others of the batch. So nvImageCodec's parser, which is DALI's, is asked first,
+            and DALI gets a pixel of our own in that slot.
+Limits      Its JPEG 2000 decoder crashes on some broken files: Pillow decodes these first.
 """
 
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from io import BytesIO
@@ -19,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, types
+from nvidia.nvimgcodec import CodeStream  # DALI needs it itself
 from PIL import Image
 from torch import Tensor
 
@@ -28,10 +34,18 @@ from fastmim.data.header import FORMATS
 from fastmim.views import View
 
 COLOUR = {3: types.DALIImageType.RGB, 1: types.DALIImageType.GRAY}
+PIXEL = b"P6\n1 1\n255\n\0\0\0"  # stands where a file cannot be parsed; nobody sees it
 
 
-def build_pipeline(
-    views: Sequence[View], *, batch: int, channels: int, threads: int, depth: int, device: torch.device
+def make_pipeline(
+    views: Sequence[View],
+    *,
+    batch: int,
+    channels: int,
+    threads: int,
+    depth: int,
+    device: torch.device,
+    hw_decoder_load: float,
 ) -> Pipeline:
     """Input `bytes`, output the whole images; with just one crop also `start`, `shape`, output its boxes."""
     on_gpu = device.type == "cuda"
@@ -42,6 +56,8 @@ def build_pipeline(
         "adjust_orientation": False,
         "jpeg_fancy_upsampling": True,  # chroma as on the CPU; nvJPEG's default repeats it
     }
+    if on_gpu:
+        decoding["hw_decoder_load"] = hw_decoder_load
     pipe = Pipeline(
         batch_size=batch,
         num_threads=threads,
@@ -58,7 +74,6 @@ def build_pipeline(
             shape = fn.external_source(name="shape", dtype=types.DALIDataType.INT32, ndim=1)
             cut: dict[str, Any] = {"start": start, "shape": shape, "axes": [0, 1]}
             pipe.set_outputs(fn.decoders.image_slice(data, **cut, **decoding))
-    pipe.build()
     return pipe
 
 
@@ -74,20 +89,30 @@ class DaliDecoder:
         threads: int,
         depth: int,
         device: torch.device,
+        hw_decoder_load: float,
     ):
         self._views, self._batch, self._depth, self._device = views, batch, depth, device
-        self._build = partial(build_pipeline, views, channels=channels, threads=threads, device=device)
-        self._requests: deque[Request] = deque()
+        self._make = partial(
+            make_pipeline, views, channels=channels, threads=threads, device=device,
+            hw_decoder_load=hw_decoder_load,
+        )  # fmt: skip
+        self._requests: deque[tuple[Request, dict[int, str]]] = deque()  # and what DALI must not see of it
         self._restart()
+
+    def _build(self, batch: int, depth: int) -> Pipeline:
+        pipe = self._make(batch=batch, depth=depth)
+        pipe.build()
+        return pipe
 
     def _restart(self) -> None:
         self._requests.clear()
         self._running = False
-        self._pipe = self._build(batch=self._batch, depth=self._depth)
+        self._pipe = self._build(self._batch, self._depth)
 
     def submit(self, request: Request) -> None:
-        _feed(self._pipe, request.data, request.draws.boxes)
-        self._requests.append(request)
+        unfit = _unfit(request)
+        _feed(self._pipe, *_without(unfit, request))
+        self._requests.append((request, unfit))
         if self._running or len(self._requests) == self._depth:
             self._pipe.schedule_run()  # the first call starts all `depth` requests, later ones one each
             self._running = True
@@ -97,15 +122,20 @@ class DaliDecoder:
 
     def decoded(self) -> tuple[list[Tensor], Draws]:
         assert len(self._requests) == self._depth, "result() needs a full queue"
+        request, unfit = self._requests[0]
+        if unfit:
+            self._restart()
+            raise Rejected(unfit)
         try:
             images = _decoded(self._pipe, self._device)
         except RuntimeError as error:
-            slots = self._find_rejected(self._requests[0], str(error))
+            slots = self._find_rejected(request, str(error))
             self._restart()
             if not slots:  # every image can be decoded alone: this is about something else
                 raise
             raise Rejected(slots) from None
-        draws = self._requests.popleft().draws
+        self._requests.popleft()
+        draws = request.draws
         if len(draws.boxes) == 1:  # what was decoded is the box
             draws = replace(draws, boxes={crop: _from_the_corner(cut) for crop, cut in draws.boxes.items()})
         return images, draws
@@ -114,25 +144,56 @@ class DaliDecoder:
         named = [int(slot) for slot in re.findall(r"sample #(\d+)", message)]
         others = [slot for slot in range(len(request.data)) if slot not in named]
         for suspects in (named, others):
-            slots = [slot for slot in suspects if self._refuses(request, slot)]
-            if slots:
-                return {slot: _reason(request.data[slot]) for slot in slots}
+            if slots := self._refused(request, suspects):
+                return {slot: f"DALI cannot decode it; {_pillows(request.data[slot])}" for slot in slots}
         return {}
 
-    def _refuses(self, request: Request, slot: int) -> bool:
-        one = slice(slot, slot + 1)
-        pipe = self._build(batch=1, depth=1)
-        try:
+    def _refused(self, request: Request, suspects: Sequence[int]) -> list[int]:
+        """Those of the suspects that DALI cannot decode alone."""
+        pipe, refused = None, []
+        for slot in suspects:
+            pipe = pipe or self._build(1, 1)
+            one = slice(slot, slot + 1)
             _feed(pipe, request.data[one], {crop: boxes[one] for crop, boxes in request.draws.boxes.items()})
             pipe.schedule_run()
-            _decoded(pipe, self._device)
-        except RuntimeError:
-            return True
-        return False
+            try:
+                _decoded(pipe, self._device)
+            except RuntimeError:
+                refused.append(slot)
+                pipe = None  # it is of no use any more
+        return refused
 
     def close(self) -> None:
         self._requests.clear()
         del self._pipe
+
+
+def _unfit(request: Request) -> dict[int, str]:
+    """Slots whose bytes must not come to DALI, and why."""
+    reasons = {}
+    for slot, data in enumerate(request.data):
+        try:
+            stream = CodeStream(data)
+            height, width, codec = stream.height, stream.width, stream.codec_name
+        except RuntimeError:
+            reasons[slot] = f"DALI cannot read its structure; {_pillows(data)}"
+            continue
+        ends = [box[slot, :2] + box[slot, 2:] for box in request.draws.boxes.values()]
+        if any(bottom > height or right > width for bottom, right in ends):
+            reasons[slot] = f"DALI sees {height} x {width} pixels in it, the header says more"
+        elif codec == "jpeg2k" and (damage := _damage(data)):
+            reasons[slot] = f"Pillow: {damage}"
+    return reasons
+
+
+def _without(slots: Iterable[int], request: Request) -> tuple[list[bytes], dict[int, np.ndarray]]:
+    """Data and boxes of a request, with a pixel in these slots."""
+    data, boxes = list(request.data), {crop: cut.copy() for crop, cut in request.draws.boxes.items()}
+    for slot in slots:
+        data[slot] = PIXEL
+        for cut in boxes.values():
+            cut[slot] = (0, 0, 1, 1)
+    return data, boxes
 
 
 def _feed(pipe: Pipeline, data: list[bytes], boxes: dict[int, np.ndarray]) -> None:
@@ -159,11 +220,16 @@ def _from_the_corner(boxes: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros_like(boxes[:, :2]), boxes[:, 2:]], axis=1)
 
 
-def _reason(data: bytes) -> str:
+def _pillows(data: bytes) -> str:
     """DALI writes its reason to stderr only; Pillow's is as good, where it refuses the file too."""
+    damage = _damage(data)
+    return f"Pillow: {damage}" if damage else "Pillow can (--data.decoder pillow)"
+
+
+def _damage(data: bytes) -> str | None:
     try:
         with Image.open(BytesIO(data), formats=FORMATS) as image:
             image.load()
-    except Exception as error:
-        return f"DALI cannot decode it; Pillow: {type(error).__name__}: {error}"
-    return "DALI cannot decode it; Pillow can (--data.decoder pillow)"
+    except Exception as error:  # broken bytes make Pillow's plugins raise almost anything
+        return f"{type(error).__name__}: {error}"
+    return None

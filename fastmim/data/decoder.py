@@ -19,6 +19,7 @@ from fastmim.data.draws import Draws
 from fastmim.views import View
 
 DecoderName = Literal["dali", "pillow"]
+HW_DECODER_LOAD = 0.65  # DALI's default; 0.9 doubled its slowest batches (DALI#6366)
 
 
 NO_DRAWS = Draws({}, {}, {}, {})
@@ -99,6 +100,7 @@ def make_decoder(
     threads: int,
     depth: int,
     device: torch.device,
+    hw_decoder_load: float = HW_DECODER_LOAD,
 ) -> Decoder:
     """The decoder called `name`. Raises what `check_decoder` raises."""
     check_decoder(name, channels)
@@ -110,7 +112,10 @@ def make_decoder(
         )
     from fastmim.data.dali import DaliDecoder
 
-    return DaliDecoder(views, batch=batch, channels=channels, threads=threads, depth=depth, device=device)
+    return DaliDecoder(
+        views, batch=batch, channels=channels, threads=threads, depth=depth, device=device,
+        hw_decoder_load=hw_decoder_load,
+    )  # fmt: skip
 
 
 def check_decoder(name: DecoderName, channels: int) -> None:

@@ -62,6 +62,7 @@ class FileSupply:
             threads=threads,
             depth=config.prefetch,
             device=device,
+            hw_decoder_load=config.hw_decoder_load,
         )
         self._readers = ThreadPoolExecutor(READERS_PER_THREAD * threads, thread_name_prefix="read")
         self._open = ExitStack()

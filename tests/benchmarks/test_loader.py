@@ -1,13 +1,14 @@
 """The loaders race on the same files; the baseline draws its boxes by RandomResizedCrop's law."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from fastmim_kernels import sample_keys
 
-from benchmarks.pipeline import loader
+from benchmarks.pipeline import loader, providers
 from fastmim.data.crop import draw_boxes
 from fastmim.views import View
 
@@ -19,7 +20,7 @@ def test_the_baselines_boxes_have_the_law_of_ours(height, width):
     """Means of place, size and aspect over many draws, each within five standard errors."""
     torch.manual_seed(0)
     count = 4000
-    theirs = np.array([loader.random_box(height, width) for _ in range(count)], float)
+    theirs = np.array([providers.random_box(height, width) for _ in range(count)], float)
     assert (theirs[:, 0] >= 0).all() and (theirs[:, 2] <= width).all() and (theirs[:, 3] <= height).all()
     sizes = np.tile([[height, width]], (count, 1))
     top, left, h, w = draw_boxes(sample_keys(0, 0, torch.arange(count)), sizes, View(size=(224, 224)))[0].T
@@ -43,17 +44,87 @@ def test_photographs_are_of_imagenets_size(tmp_path):
 
 @pytest.mark.slow
 def test_a_race_of_loaders(tmp_path, capsys):
-    loader.make_photographs(tmp_path / "photographs", 12)
-    flags = "--batch 4 --threads 1 --seconds 0.1 --rounds 1 --providers dataloader pillow"
-    folder = str(tmp_path / "photographs")
-    assert loader.main([folder, *flags.split(), "--results", str(tmp_path)]) == 0
+    """From files and from shards: rows that say what was compared, and a table."""
+    from fastmim import cli
+
+    folder, shards = tmp_path / "photographs", tmp_path / "shards"
+    loader.make_photographs(folder, 12)
+    with pytest.raises(SystemExit, match="0"):
+        cli.data(["pack", str(folder), str(shards), "--short-side", "256"])
+    names = ["dataloader_uint8", "pillow", "pillow_packed"]
+    flags = ["--batch", "4", "--threads", "1", "--seconds", "0.1", "--rounds", "1", "--packed", str(shards)]
+    assert loader.main([str(folder), *flags, "--results", str(tmp_path), "--providers", *names]) == 0
     rows = [json.loads(line) for line in (tmp_path / "loader.jsonl").read_text().splitlines()]
-    assert [row["provider"] for row in rows] == ["dataloader", "pillow"]
-    assert all(row["images_per_s"] > 0 and row["turns"] == 1 for row in rows)
+    assert [row["provider"] for row in rows] == names
+    for row in rows:
+        assert row["images_per_s"] > 0 and row["turns"] == 1
+        assert row["images_per_s_per_core"] == pytest.approx(row["images_per_s"] / row["cores"])
+        assert row["of_baseline"] == pytest.approx(row["images_per_s"] / rows[0]["images_per_s"])
+    assert "x dataloader_uint8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", providers.PROVIDERS)
+def test_what_each_provider_delivers(name, tmp_path, torchvision_loads):
+    needs = providers.NEEDS[name]
+    pytest.importorskip(needs)
+    loader.make_photographs(tmp_path, 6)
+    turn = providers.Turn(tmp_path, 3, 1, 0.65)
+    batches = providers.PROVIDERS[name](turn)
+    views = next(batches)
+    batches.close()
+    if name == "dataloader":  # as main_pretrain.py of MAE hands it to the model
+        assert views.shape == (3, 3, 224, 224) and views.dtype == torch.float32
+        assert -2.2 < views.min() < views.max() < 2.7 and abs(views.mean()) < 1.5
+        assert not torch.equal(views, (views * 255).round() / 255)  # normalised, not merely scaled
+    else:
+        assert views.shape == (3, 224, 224, 3) and views.dtype == torch.uint8
+        assert views.float().std() > 5
+
+
+def test_maes_transforms_are_maes(torchvision_loads):
+    pytest.importorskip("torchvision")
+    names = [type(t).__name__ for t in providers.maes_transforms().transforms]
+    assert names == ["RandomResizedCrop", "RandomHorizontalFlip", "ToTensor", "Normalize"]
+    crop, _, _, normalize = providers.maes_transforms().transforms
+    assert crop.interpolation.value == "bicubic" and crop.scale == (0.2, 1.0) and crop.size == (224, 224)
+    assert tuple(normalize.mean) == (0.485, 0.456, 0.406)
+
+
+def test_the_baseline_of_a_choice_has_as_many_threads():
+    def choice(name, threads):
+        return name, providers.Turn(Path("x"), 4, threads, 0.65)
+
+    medians = {
+        choice("dataloader_uint8", 1): 5.0, choice("dataloader", 2): 10.0, choice("dali", 2): 30.0,
+        choice("dali", 1): 20.0, choice("dataloader_uint8", 2): 12.0, choice("dali", 4): 40.0,
+    }  # fmt: skip
+    assert loader.baseline_of(choice("dali", 2), medians) == ("dataloader", 10.0)
+    assert loader.baseline_of(choice("dali", 1), medians) == ("dataloader_uint8", 5.0)
+    assert loader.baseline_of(choice("dali", 4), medians) is None
+
+
+@pytest.mark.parametrize(("device", "dali"), [("cpu", 2), ("cuda", 6)])
+def test_a_sweep_of_threads_and_of_the_jpeg_decoders_load(device, dali, monkeypatch, capsys):
+    """The load is compared where it matters only: DALI on a GPU."""
+    monkeypatch.setattr(loader, "DEVICE", device)
+    monkeypatch.setattr(
+        loader, "why_absent", lambda name, a: "no shards" if a.packed is None and "_p" in name else None
+    )
+    a = loader.parser().parse_args(["x", "--threads", "4", "8", "--hw-decoder-load", "0.5", "0.65", "0.9"])
+    choices = loader.wanted(a)
+    assert len(set(choices)) == len(choices)
+    count = {
+        name: sum(n == name for n, _ in choices) for name in ("dali", "pillow", "dataloader", "dali_packed")
+    }
+    assert count == {"dali": dali, "pillow": 2, "dataloader": 2, "dali_packed": 0}
+    assert "dali_packed  absent: no shards" in capsys.readouterr().out
 
 
 def test_a_provider_that_fails_is_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(loader, "turns", lambda wanted, a: ({n: [] for n in wanted}, {"pillow": "no image"}))
+    def turns(choices, a):
+        return {choice: [] for choice in choices}, {choice: "no image" for choice in choices}
+
+    monkeypatch.setattr(loader, "turns", turns)
     assert loader.main([str(tmp_path), "--providers", "pillow", "--results", str(tmp_path)]) == 1
-    assert "pillow  no image" in capsys.readouterr().out
+    assert "no image" in capsys.readouterr().out
     assert json.loads((tmp_path / "loader.jsonl").read_text())["failed"] == "no image"

@@ -71,6 +71,7 @@ def open_loader(tmp_path) -> Iterator[Callable[..., Loader]]:
         cache: CacheName = "none",
         epoch_images: int | None = None,
         device: str = "cpu",
+        hw_decoder_load: float = 0.65,
         **order: int,
     ) -> Loader:
         config = DataConfig(
@@ -79,6 +80,7 @@ def open_loader(tmp_path) -> Iterator[Callable[..., Loader]]:
             max_bad_fraction=max_bad_fraction,
             cache=cache,
             epoch_images=epoch_images,
+            hw_decoder_load=hw_decoder_load,
         )
         loader = Loader(
             images,
@@ -94,6 +96,7 @@ def open_loader(tmp_path) -> Iterator[Callable[..., Loader]]:
         opened.append(loader)
         return loader
 
+    start.opened = opened
     yield start
     for loader in opened:
         loader.close()

@@ -1,5 +1,6 @@
 """Both decoders against Pillow written out plainly, and DALI against Pillow on ImageNet."""
 
+import struct
 import sys
 from io import BytesIO
 
@@ -226,3 +227,55 @@ def test_refuses_channels_and_says_what_a_missing_dali_needs(monkeypatch):
 
 def test_crops_share_decoding_by_number():
     assert list(crops_of([View(size=(8, 8), crop=2), View(size=(4, 4), crop=2), View(size=(4, 4))])) == [2, 0]
+
+
+def test_a_bad_file_among_suspects_does_not_make_the_others_bad():
+    """Where DALI names no slot, each is decoded alone: behind one that fails a new pipeline is needed."""
+    dali = pytest.importorskip("fastmim.data.dali")
+    views, good = [View(size=(16, 16))], encode(0)
+    bad = good[: good.index(b"\xff\xdb") + 5] + b"\x00" * 40 + b"\xff\xd9"
+    busy = make_decoder("dali", views, batch=4, channels=3, threads=1, depth=1, device=torch.device("cpu"))
+    assert isinstance(busy, dali.DaliDecoder)
+    request = Request([good, bad, good, bad], draws_of(views, [BOX] * 4))
+    assert busy._refused(request, range(4)) == [1, 3]
+    assert list(busy._find_rejected(request, "an error that names no slot")) == [1, 3]
+    busy.close()
+
+
+@pytest.mark.parametrize("crops", [1, 2])
+def test_the_load_of_the_jpeg_decoder_reaches_dali_on_a_gpu_only(crops, monkeypatch):
+    """In the graph as DALI serialises it; a graph for a GPU can be made without one, but not built."""
+    dali = pytest.importorskip("fastmim.data.dali")
+    pipeline = dali.Pipeline
+    monkeypatch.setattr(dali, "Pipeline", lambda **options: pipeline(**options | {"device_id": None}))
+    views = [View(size=(8, 8), crop=crop) for crop in range(crops)]
+    graphs = {
+        device: dali.make_pipeline(
+            views,
+            batch=2,
+            channels=3,
+            threads=1,
+            depth=1,
+            device=torch.device(device),
+            hw_decoder_load=0.3125,
+        ).serialize()
+        for device in ("cpu", "cuda:0")
+    }
+    name = b"hw_decoder_load"
+    assert name not in graphs["cpu"]
+    start = graphs["cuda:0"].index(name)
+    assert struct.pack("<f", 0.3125) in graphs["cuda:0"][start : start + 40]
+
+
+def test_the_load_of_the_configuration_reaches_the_decoder(folder, open_loader, monkeypatch):
+    dali = pytest.importorskip("fastmim.data.dali")
+    loads, real = [], dali.make_pipeline
+    monkeypatch.setattr(
+        dali,
+        "make_pipeline",
+        lambda *a, **options: loads.append(options["hw_decoder_load"]) or real(*a, **options),
+    )
+    open_loader(find_images(folder), "dali")
+    assert loads == [0.65]
+    open_loader(find_images(folder), "dali", hw_decoder_load=0.25)
+    assert loads[1:] == [0.25]

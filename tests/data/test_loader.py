@@ -10,11 +10,11 @@ import torch
 from fastmim_kernels.philox import sample_keys
 from PIL import Image
 
-from fastmim.data import DataConfig, Loader, SampleOrder, find_images
+from fastmim.data import DataConfig, Loader, MemoryImages, SampleOrder, find_images
 from fastmim.data.crop import draw_boxes
 from fastmim.views import View
 
-from .conftest import assert_same, take
+from .conftest import assert_same, encode, take
 
 
 def test_a_batch_is_what_its_ids_say(folder, open_loader, decoder):
@@ -111,7 +111,7 @@ def test_the_order_must_be_of_these_images(folder, tmp_path):
 
 
 def test_config_refuses_and_shares_the_cores(monkeypatch):
-    for wrong in ({"threads": 0}, {"prefetch": 0}, {"max_bad_fraction": 1.5}):
+    for wrong in ({"threads": 0}, {"prefetch": 0}, {"hw_decoder_load": 1.1}, {"max_bad_fraction": 1.5}):
         with pytest.raises(ValueError, match=f"data.{next(iter(wrong))}"):
             DataConfig(**wrong)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(12)))
@@ -121,3 +121,13 @@ def test_config_refuses_and_shares_the_cores(monkeypatch):
         assert DataConfig().num_threads() == 3
     assert DataConfig(threads=5).num_threads() == 5
     assert [DataConfig().bad_limit(n) for n in (1, 8, 24, 500, 5000)] == [0, 4, 10, 10, 50]
+
+
+def test_images_smaller_than_every_view_are_enlarged(open_loader, decoder):
+    """A crop is a share of the image: no size of view is too large for a set, not even of single pixels."""
+    sizes = [(1, 1), (3, 90), (90, 3), (8, 8)]
+    images = MemoryImages([encode(i, size=size) for i, size in enumerate(sizes)])
+    [batch] = take(open_loader(images, decoder, batch=4, views=[View(size=(64, 48))]), 1)
+    assert batch.views[0].shape == (4, 64, 48, 3)
+    single = batch.views[0][batch.ids_B.tolist().index(0)]
+    assert (single == single[0, 0]).all()
