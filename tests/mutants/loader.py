@@ -10,7 +10,8 @@ TESTS = [
     "tests/benchmarks/test_loader.py",
     "tests/benchmarks/test_table.py",
 ]
-LOADER, DALI, HEADER = "fastmim/data/loader.py", "fastmim/data/dali.py", "fastmim/data/header.py"
+LOADER, FILES, BAD = "fastmim/data/loader.py", "fastmim/data/files.py", "fastmim/data/bad.py"
+DALI, HEADER = "fastmim/data/dali.py", "fastmim/data/header.py"
 DRAWS, ORDER, PILLOW = "fastmim/data/draws.py", "fastmim/data/order.py", "fastmim/data/pillow.py"
 RACE, PROVIDERS = "benchmarks/pipeline/loader.py", "benchmarks/pipeline/providers.py"
 TABLE, SOAK = "benchmarks/pipeline/table.py", "benchmarks/pipeline/soak.py"
@@ -43,7 +44,7 @@ FAULTS = [
         "the load on a CPU",
         "load_of_the_jpeg",
     ),
-    (LOADER, "hw_decoder_load=config.hw_decoder_load,", "", "the load is not heard", "load_of_the_conf"),
+    (FILES, "hw_decoder_load=config.hw_decoder_load,", "", "the load is not heard", "load_of_the_conf"),
     (
         HEADER,
         "if frame and frame[0] not in DECODED:",
@@ -66,26 +67,26 @@ FAULTS = [
         "a height of zero is not said",
         "header_is_enough",
     ),
-    (LOADER, "        self._bad.add(sample_id)\n", "", "a bad file is named each time", "hundred"),
+    (BAD, "        self._bad.add(image_id)\n", "", "a bad file is named each time", "hundred"),
     (
-        LOADER,
-        "            sample_id = (sample_id + 1) % len(self._images)",
-        "            sample_id = (sample_id + 1 + self._order.rank) % len(self._images)",
+        BAD,
+        "            image_id = (image_id + 1) % len(self._images)",
+        "            image_id = (image_id + 1 + self._rank) % len(self._images)",
         "the slot is filled by rank",
         "hundred",
     ),
-    (LOADER, "if len(self._bad) > limit", "if len(self._bad) > 9 * limit", "no threshold", "threshold"),
+    (BAD, "if len(self._bad) > limit", "if len(self._bad) > 9 * limit", "no threshold", "threshold"),
     (
-        LOADER,
-        "        except OSError as error:",
-        "        except FileNotFoundError as error:",
+        BAD,
+        "    except OSError as error:",
+        "    except FileNotFoundError as error:",
         "a file without permission ends the run",
         "hundred",
     ),
     (
         LOADER,
-        "self._places = self._from(start_step)",
-        "self._places = self._from(0)",
+        "serve(self._places(start_step))",
+        "serve(self._places(0))",
         "a start is 0",
         "any_step",
     ),
