@@ -173,6 +173,8 @@ class AutocastEngine:
     def update(self) -> None:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if hasattr(self.module, "after_update"):  # a teacher of its own
+            self.module.after_update()
 
 
 def why_no_deepspeed() -> str | None:

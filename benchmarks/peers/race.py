@@ -35,7 +35,8 @@ from benchmarks.engines import (
 from benchmarks.flops import step_flops
 from benchmarks.harness import DEVICE, append, environment, module_exists
 from benchmarks.throughput import add_work, configured, describe, fractions, peak_gib, rates, sentence
-from fastmim.methods import MAEConfig
+from fastmim.engine.ranks import Ranks
+from fastmim.methods.cmae import CMAE
 from fastmim.methods.mae import MAE
 from fastmim.models.vit import ViTConfig
 from fastmim.optim import OptimConfig
@@ -45,21 +46,30 @@ ROUNDS = 4
 MASK_TOLERANCE = 5e-2  # of the loss of a batch, between two draws of its masks
 
 
-class Peer(nn.Module):
-    """What the peer wants, from the uint8 batch that ours reads: `net(pixels, noise)` is its loss."""
+class Pixels(nn.Module):
+    """The float image that other code wants, of the uint8 one that ours reads."""
 
-    def __init__(self, net: nn.Module, model: ViTConfig):
+    def __init__(self, model: ViTConfig):
         super().__init__()
-        self.net = net
         self.register_buffer("mean", torch.tensor(model.pixel_mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(model.pixel_std).view(1, -1, 1, 1))
 
+    def forward(self, image_BHWC: Tensor) -> Tensor:
+        return (image_BHWC.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+
+
+class Peer(nn.Module):
+    """A peer of MAE, `net(pixels, noise)`, as what is raced: `(batch, noise) -> loss`."""
+
+    def __init__(self, net: nn.Module, model: ViTConfig):
+        super().__init__()
+        self.net, self.pixels = net, Pixels(model)
+
     def forward(self, batch: Batch, noise_BN: Tensor | None = None) -> Tensor:
-        pixels_BCHW = batch.views[0].permute(0, 3, 1, 2).float() / 255
-        return self.net((pixels_BCHW - self.mean) / self.std, noise_BN)
+        return self.net(self.pixels(batch.views[0]), noise_BN)
 
 
-def noise_that_shows(method: MAE, batch: Batch) -> Tensor:
+def noise_that_shows(method: MAE | CMAE, batch: Batch) -> Tensor:
     """Noise whose K smallest values are at the patches that our method sees. `[B, N]`"""
     seen_BK, _ = split_patches(batch.keys_B, method.model.num_patches, method.num_seen)
     noise = torch.ones(len(seen_BK), method.model.num_patches, device=seen_BK.device)
@@ -67,7 +77,7 @@ def noise_that_shows(method: MAE, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def check_peer(peer: Peer, method: MAE, batch: Batch, precision: str) -> float:
+def check_peer(peer: nn.Module, method: MAE | CMAE, batch: Batch, precision: str) -> float:
     """Its loss on the device, against ours in fp32 on the CPU, from the same weights and the same masks.
 
     `method` and `batch` are on the CPU. Returns the relative error; raises WrongLoss beyond tolerance.
@@ -103,10 +113,15 @@ def race(
 
 
 def main(
-    name: str, package: str, build: Callable[[MAE], nn.Module], command: Sequence[str] | None = None
+    name: str,
+    package: str,
+    build: Callable[[Any], nn.Module],
+    command: Sequence[str] | None = None,
+    *,
+    of: str = "mae",
 ) -> int:
-    """Race `build(method)` of `package`. Exits with 3 where the package is absent."""
-    parser = argparse.ArgumentParser(description=f"MAE by {name} against ours")
+    """Race `build(method)` of `package`, a map of (batch, noise) to the loss. 3 where that is absent."""
+    parser = argparse.ArgumentParser(description=f"{of} by {name} against ours")
     add_work(parser)
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="compiled, too"
@@ -118,15 +133,15 @@ def main(
         return 3
     env = environment()
     torch.manual_seed(0)
-    config, model = configured(a, "mae")
-    assert isinstance(config, MAEConfig)
-    method = config.build(model)
+    config, model = configured(a, of)
+    method: Any = config.build(model)
+    method.peers = Ranks.single()
     small = synthetic(method, model.channels, CHECK_IMAGES, "cpu")
     errors: dict[str, float] = {}
     contestants: dict[str, Engine] = {}
     for variant in (name, f"{name} patched") if a.apply else (name,):
         for mode in ("eager", "compiled") if a.compile else ("eager",):
-            peer = Peer(build(method), model)
+            peer = build(method)
             if variant != name:
                 apply(peer)
             if mode == "eager":

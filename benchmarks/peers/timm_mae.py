@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers.race import main
+from benchmarks.peers.race import Peer, main
 from fastmim.methods.mae import MAE
 
 
@@ -91,4 +91,4 @@ def build(method: MAE, block: Callable[[int, int], nn.Module] = timm_block) -> P
 
 
 if __name__ == "__main__":
-    sys.exit(main("timm", "timm", build))
+    sys.exit(main("timm", "timm", lambda method: Peer(build(method), method.model)))

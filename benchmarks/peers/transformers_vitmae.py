@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from benchmarks.peers.race import main
+from benchmarks.peers.race import Peer, main
 from fastmim.methods.mae import MAE
 
 NORMS = {"norm1": "layernorm_before", "norm2": "layernorm_after"}
@@ -102,4 +102,4 @@ def build(method: MAE) -> LossOf:
 
 
 if __name__ == "__main__":
-    sys.exit(main("transformers", "transformers", build))
+    sys.exit(main("transformers", "transformers", lambda method: Peer(build(method), method.model)))

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from benchmarks.engines import AutocastEngine, WrongLoss
-from benchmarks.peers import race, timm_mae, transformers_vitmae
+from benchmarks.peers import race, timm_cmae, timm_mae, transformers_vitmae
 from benchmarks.peers.race import Peer, check_peer, noise_that_shows
 from fastmim.methods import MAEConfig
 from fastmim.models.vit import Block
 from fastmim.optim import OptimConfig
 from tests.methods.conftest import DECODER, MODEL, make_batch
+from tests.methods.test_cmae import make_cmae, make_pair
 
 
 class OurBlock(Block):
@@ -69,7 +70,10 @@ def test_a_peer_that_hides_less_is_not_timed():
 def test_a_race_times_all_and_writes_a_row_for_each(tmp_path, monkeypatch, capsys):
     arguments = "--model vit_tiny --image-size 32 --patch 8 --decoder-size 32 1 2 --batch 16 --warmup 1"
     arguments += f" --steps 8 --engine plain --precision fp32 --no-compile --results {tmp_path}"
-    assert race.main("timm", "torch", lambda m: timm_mae.build(m, OurBlock), arguments.split()) == 0
+    assert (
+        race.main("timm", "torch", lambda m: Peer(timm_mae.build(m, OurBlock), m.model), arguments.split())
+        == 0
+    )
     rows = [json.loads(line) for line in (tmp_path / "peers.jsonl").read_text().splitlines()]
     assert [row["provider"] for row in rows] == ["timm eager", "plain"]
     assert all(row["steps"] == 8 and row["images_per_s"] > 0 and row["race"] == "timm" for row in rows)
@@ -155,3 +159,35 @@ def test_a_patched_peer_is_raced_against_itself(tmp_path, torchvision_loads):
     assert [row["provider"] for row in rows] == ["transformers eager", "transformers patched eager", "plain"]
     assert [row["kernels"] for row in rows[:2]] == ["the peer's own", "fastmim_kernels.apply"]
     assert all(row["loss_error"] <= 1e-4 for row in rows)
+
+
+def test_the_cmae_of_timms_blocks_is_ours(monkeypatch):
+    monkeypatch.setattr(timm_cmae, "timm_block", OurBlock)
+    ours = make_cmae()
+    batch = make_pair(6)
+    peer = timm_cmae.PeerCMAE(ours)
+    expected, actual = ours(batch).loss, peer(batch, noise_that_shows(ours, batch))
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-5)
+    expected.backward()
+    actual.backward()
+    compared = 0
+    for name, p in ours.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(peer.get_parameter(name).grad, p.grad, rtol=1e-3, atol=1e-6, msg=name)
+            compared += 1
+    assert compared > 20
+    before = peer.target_projector[0].weight.clone()
+    with torch.no_grad():
+        peer.projector[0].weight.add_(1.0)
+    peer.after_update()
+    torch.testing.assert_close(peer.target_projector[0].weight - before, torch.full_like(before, 0.004))
+
+
+def test_a_race_of_cmae_writes_its_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(timm_cmae, "timm_block", OurBlock)
+    arguments = "--model vit_tiny --image-size 32 --patch 8 --batch 8 --warmup 1 --steps 4 --engine plain"
+    arguments += f" --precision fp32 --no-compile --results {tmp_path}"
+    assert race.main("timm", "torch", timm_cmae.PeerCMAE, arguments.split(), of="cmae") == 0
+    rows = [json.loads(line) for line in (tmp_path / "peers.jsonl").read_text().splitlines()]
+    assert [row["provider"] for row in rows] == ["timm eager", "plain"]
+    assert all(row["method"] == "cmae" and row["loss_error"] <= 1e-4 for row in rows)
