@@ -40,8 +40,7 @@ OPS = (
     "bias_gelu", "gather_tokens", "color_jitter", "resized_crop", "ema_update", "attention",
 )  # fmt: skip
 METHODS = ("mae", "rmae")
-PEERS = ("transformers", "timm")
-PEER_MODULES = {"transformers": "transformers_vitmae", "timm": "timm_mae"}
+PEERS = ("transformers_vitmae", "timm_mae", "timm_cmae")  # the package before the underscore
 BUDGET_S = {"round": 470, "quick": 115, "rehearse": 55}
 SKIPPED = 3  # exit status of a stage that names what it lacks
 TINY = "--model vit_tiny --image-size 32 --patch 8 --decoder-size 32 1 2 --batch 8 --warmup 1 --steps 5"
@@ -143,9 +142,8 @@ def throughput(models: Sequence[str], flags: str, limit_s: float) -> list[Stage]
 
 
 def peer(name: str, flags: str, limit_s: float) -> Stage:
-    return Stage(
-        f"peer {name}", module(f"benchmarks.peers.{PEER_MODULES[name]}", flags), limit_s, needs=(name,)
-    )
+    package = name.partition("_")[0]
+    return Stage(f"peer {name}", module(f"benchmarks.peers.{name}", flags), limit_s, needs=(package,))
 
 
 def jpeg(folder: Path, batch: int, loader: str, step: str) -> list[Stage]:
