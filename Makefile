@@ -6,11 +6,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
 
-.PHONY: help setup train test bench compile-ahead mutants lint format golden pins clean
+.PHONY: help setup train test test-long bench compile-ahead mutants lint format golden pins clean
 
 help:
 	@echo "make train   install into $(VENV) and train R-MAE on the embedded sample set (ARGS='--steps 50' adds flags)"
 	@echo "make test    install into $(VENV) and run all tests (ARGS='-k rmae' selects, ARGS='-n 0 -s' shows what they print)"
+	@echo "make test-long  the tests that take minutes each: teachers on four ranks, more kills, more launches"
 	@echo "make bench   everything that is measured on a GPU, in 8 minutes (ARGS='--quick' in 2, ARGS='--rehearse' on a CPU)"
 	@echo "make compile-ahead  compile every kernel in every configuration for sm_80, 90, 100, without a GPU (minutes)"
 	@echo "make mutants plant every listed fault: each must turn a test red (an hour; ARGS='ema losses' takes these groups)"
@@ -42,6 +43,9 @@ train: alive
 
 test: alive
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+test-long: alive
+	$(BIN)/python -m pytest -n 0 -m long $(ARGS)
 
 bench: alive
 	$(BIN)/python benchmarks/gpu_round.py $(ARGS)

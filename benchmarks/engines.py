@@ -32,6 +32,8 @@ LEARNING_RATE = 1e-4  # constant and small: weights move, and a hundred steps wi
 CHECK_IMAGES = 4
 LOSS_TOLERANCE = {"bf16": 1e-2, "fp32": 1e-4}  # of the loss
 GRAD_TOLERANCE = {"bf16": 0.1, "fp32": 1e-3}  # of the norm of all gradients together
+# a softmax over four images, at a temperature of 0.07 and behind batch norm, moves with each rounding of bf16
+COUPLED_GRAD_TOLERANCE = {"bf16": 0.5, "fp32": 1e-3}
 
 
 class WrongLoss(RuntimeError):
@@ -249,7 +251,8 @@ def check_method(method: Method, batch: Batch, precision: str) -> dict[str, floa
         "grad_error": ((actual - grad).norm() / grad.norm()).item(),
     }
     demand("loss on the device", errors["loss_error"], LOSS_TOLERANCE[precision])
-    demand("gradient on the device", errors["grad_error"], GRAD_TOLERANCE[precision])
+    tolerance = COUPLED_GRAD_TOLERANCE if method.config.couples_batch else GRAD_TOLERANCE
+    demand("gradient on the device", errors["grad_error"], tolerance[precision])
     return errors
 
 

@@ -28,7 +28,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from benchmarks.harness import DEVICE, RESULTS, ROOT, append, environment, quantiles
-from benchmarks.pipeline.loader import absent, random_box, rate
+from benchmarks.pipeline.loader import rate
+from benchmarks.pipeline.providers import random_box
+from fastmim.data import why_no_dali
 
 # --- the baseline -----------------------------------------------------------------------------------
 
@@ -94,7 +96,7 @@ def ours(cache: str, decoder: str, folder: Path, batch: int, threads: int, size:
             yield found.views[0]
 
 
-DECODER = "pillow" if absent("dali") else "dali"
+DECODER = "pillow" if why_no_dali() else "dali"
 PROVIDERS: dict[str, Callable[[Path, int, int, int], Iterator[Tensor]]] = {
     "dataloader": baseline,
     "files": partial(ours, "none", DECODER),

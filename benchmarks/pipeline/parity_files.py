@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.harness import DEVICE
 from benchmarks.pipeline import parity_reference as reference
-from fastmim.data.decoder import DecoderName, Rejected, Request, make_decoder
+from fastmim.data.decoder import HW_DECODER_LOAD, DecoderName, Rejected, Request, make_decoder
 from fastmim.data.draws import Draws
 from fastmim.data.header import image_size
 from fastmim.views import View
@@ -59,11 +59,13 @@ def decode(
         for one, box in zip(data, boxes_B4, strict=True):
             yield view_of(decoder, one, box, channels)
         return
-    from fastmim.data.dali import build_pipeline
+    from fastmim.data.dali import make_pipeline
 
-    pipe = build_pipeline(
-        [View(size=(1, 1))], batch=BATCH, channels=channels, threads=1, depth=1, device=torch.device(DEVICE)
-    )
+    pipe = make_pipeline(
+        [View(size=(1, 1))], batch=BATCH, channels=channels, threads=1, depth=1,
+        device=torch.device(DEVICE), hw_decoder_load=HW_DECODER_LOAD,
+    )  # fmt: skip
+    pipe.build()
     for start in range(0, len(data), BATCH):
         some = slice(start, start + BATCH)
         pipe.feed_input("bytes", [np.frombuffer(x, np.uint8) for x in data[some]])

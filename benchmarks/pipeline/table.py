@@ -33,6 +33,7 @@ import torch
 from benchmarks.engines import Engine, make_engine, repeated, synthetic, time_steps
 from benchmarks.harness import DEVICE, append, environment, quantiles
 from benchmarks.throughput import add_work, configured
+from fastmim.engine.ranks import Ranks
 from fastmim.methods import METHODS
 from fastmim.methods.base import Method
 from fastmim.models.vit import ViTConfig
@@ -61,6 +62,7 @@ def open_work(name: str, folder: Path, a: argparse.Namespace, stack: ExitStack) 
     config, model = configured(a, name)
     torch.manual_seed(0)
     method = config.build(model)
+    method.peers = Ranks.single()  # the DeepSpeed engine has its own
     engine = make_engine(method, config, model, a)
     images = find_images(folder)
     loader = Loader(

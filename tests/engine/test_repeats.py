@@ -48,9 +48,8 @@ def test_a_cache_changes_no_number_of_a_run(images, tmp_path):
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
 
 
-def test_a_repeated_image_is_resumed_in_mid_epoch(one_image, tmp_path, monkeypatch):
-    monkeypatch.setattr("tests.engine.test_resume.tiny_run", repeated)
-    train_and_resume(one_image, tmp_path, zero=1, total=12, stop=7)  # 5 steps are an epoch
+def test_a_repeated_image_is_resumed_in_mid_epoch(one_image, tmp_path):
+    train_and_resume(one_image, tmp_path, zero=1, total=12, stop=7, make=repeated)  # 5 steps are an epoch
     assert_same(tmp_path, 12, 7)
 
 

@@ -50,7 +50,7 @@ def test_resumed_in_mid_run_to_the_last_bit(images, tmp_path, method, zero):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", SIAMESE)
+@pytest.mark.parametrize("method", ["cmae", pytest.param("cmae_huang", marks=pytest.mark.long)])
 def test_two_sharded_ranks_train_as_one_process(images, tmp_path, method):
     """Negatives, batch norm and teacher are those of the global batch; ZeRO 3 against none."""
     flags = [

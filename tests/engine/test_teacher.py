@@ -81,7 +81,11 @@ def of(world, case) -> list[dict]:
 
 every = pytest.mark.parametrize(
     ("world", "case"),
-    [(world, case) for world, cases in scenario.RANKS.items() for case in cases],
+    [
+        pytest.param(world, case, marks=pytest.mark.long if world == 4 else ())
+        for world, cases in scenario.RANKS.items()
+        for case in cases
+    ],
     ids=lambda x: str(x).replace(" ", ""),
 )
 
@@ -172,7 +176,7 @@ def test_buffers_stay_as_they_are(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.long)])
 @pytest.mark.parametrize(("zero", "precision"), scenario.STOPPED)
 def test_a_resumed_run_equals_one_never_stopped_to_the_last_bit(world, zero, precision):
     differs, last = answers({1: "resumed_on_one", 2: "resumed_on_two"}[world])[zero, precision]
