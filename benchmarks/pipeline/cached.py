@@ -16,7 +16,6 @@ import argparse
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from io import BytesIO
@@ -29,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from benchmarks.harness import DEVICE, RESULTS, ROOT, append, environment, quantiles
 from benchmarks.pipeline.loader import rate
-from benchmarks.pipeline.providers import random_box
+from benchmarks.pipeline.providers import random_box, views_of
 from fastmim.data import why_no_dali
 
 # --- the baseline -----------------------------------------------------------------------------------
@@ -77,23 +76,9 @@ def baseline(folder: Path, batch: int, threads: int, size: int) -> Iterator[Tens
 
 
 def ours(cache: str, decoder: str, folder: Path, batch: int, threads: int, size: int) -> Iterator[Tensor]:
-    from fastmim.data import DataConfig, Loader, SampleOrder, find_images
-    from fastmim.views import View
+    from fastmim.data import DataConfig
 
-    images = find_images(folder)
-    loader = Loader(
-        images,
-        (View(size=(size, size)),),
-        SampleOrder(len(images), batch),
-        config=DataConfig(path=folder, decoder=decoder, cache=cache, threads=threads),
-        channels=3,
-        seed=0,
-        device=torch.device("cuda", torch.cuda.current_device()) if DEVICE == "cuda" else torch.device("cpu"),
-        bad_samples=Path(tempfile.mkdtemp()) / "bad_samples.jsonl",
-    )
-    with loader:
-        for found in loader:
-            yield found.views[0]
+    yield from views_of(DataConfig(path=folder, decoder=decoder, cache=cache, threads=threads), batch, size)
 
 
 DECODER = "pillow" if why_no_dali() else "dali"

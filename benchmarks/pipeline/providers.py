@@ -160,17 +160,24 @@ def dali_plain(turn: Turn) -> Iterator[Tensor]:
 
 
 def ours(turn: Turn, decoder: Any) -> Iterator[Tensor]:
-    from fastmim.data import DataConfig, Loader, SampleOrder, find_images
-    from fastmim.views import View
+    from fastmim.data import DataConfig
 
-    images = find_images(turn.folder)
     config = DataConfig(
         path=turn.folder, decoder=decoder, threads=turn.threads, hw_decoder_load=turn.hw_decoder_load
     )
+    yield from views_of(config, turn.batch, SIZE)
+
+
+def views_of(config: Any, batch: int, size: int) -> Iterator[Tensor]:
+    """What our loader makes of the images at `config.path`: uint8 `[batch, size, size, 3]`, for ever."""
+    from fastmim.data import Loader, SampleOrder, find_images
+    from fastmim.views import View
+
+    images = find_images(config.path)
     loader = Loader(
         images,
-        (View(size=(SIZE, SIZE)),),
-        SampleOrder(len(images), turn.batch),
+        (View(size=(size, size)),),
+        SampleOrder(len(images), batch),
         config=config,
         channels=3,
         seed=0,
