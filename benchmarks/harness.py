@@ -72,7 +72,7 @@ def environment() -> dict[str, Any]:
         "sources": sources_digest(),
         "device": torch.cuda.get_device_name()
         if DEVICE == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads",
+        else f"cpu, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
         "load": round(os.getloadavg()[0], 1),  # of the host: a busy one makes CPU figures worthless
         "versions": {"python": sys.version.split()[0], **versions()},
         "command": shlex.join(["python", *map(portable, sys.argv)]),

@@ -18,16 +18,16 @@ struct Box {
   uint32_t inner, outer;
 };
 
-inline Words load_words(const uint8_t* at) { return (Words)load_ints(at); }
+inline Words read_words(const uint8_t* at) { return bits<uint32_t>(read_bytes(at)); }
 
 // `count` bytes, each made of those up to r + 1 taps of `step` bytes away; up to LANES - 1 more are written.
 void box_filter(const uint8_t* from, uint8_t* to, int64_t count, int64_t step, const Box& box) {
   const int64_t far = (box.r + 1) * step;
   for (int64_t i = 0; i < count; i += LANES) {
     Words near{};
-    for (int64_t t = -box.r * step; t < far; t += step) near += load_words(from + i + t);
-    const Words ends = load_words(from + i - far) + load_words(from + i + far);
-    write(to + i, __builtin_convertvector((near * box.inner + ends * box.outer + (1u << (BITS - 1))) >> BITS, Bytes));
+    for (int64_t t = -box.r * step; t < far; t += step) near += read_words(from + i + t);
+    const Words ends = read_words(from + i - far) + read_words(from + i + far);
+    write_bytes(to + i, bits<int32_t>((near * box.inner + ends * box.outer + (1u << (BITS - 1))) >> BITS));
   }
 }
 

@@ -12,44 +12,43 @@ namespace {
 
 enum Stage : int64_t { NOTHING = -1, BRIGHTNESS, CONTRAST, SATURATION, HUE };
 
-inline Floats floats(Ints v) { return __builtin_convertvector(v, Floats); }
-inline Ints cut(Floats v) { return __builtin_convertvector(v, Ints); }
-inline Ints quotient(Ints a, Ints b) { return cut(floats(a) / floats(b)); }
-inline Ints larger(Ints a, Ints b) { return a > b ? a : b; }
-inline Ints smaller(Ints a, Ints b) { return a < b ? a : b; }
-inline void put(uint8_t* to, Ints v) { write(to, __builtin_convertvector(v, Bytes)); }
+inline Floats floats(const Ints& v) { return convert<float>(v); }
+inline Ints cut(const Floats& v) { return convert<int32_t>(v); }
+inline Ints quotient(const Ints& a, const Ints& b) { return cut(floats(a) / floats(b)); }
+inline Ints larger(const Ints& a, const Ints& b) { return choose(a > b, a, b); }
+inline Ints smaller(const Ints& a, const Ints& b) { return choose(a < b, a, b); }
 
-inline Ints blend(Ints base, Ints x, float factor) {
-  const Floats v = floats(base) + factor * floats(x - base), zero{}, top = zero + 255;
-  return cut(v < zero ? zero : (v > top ? top : v));
+inline Ints blend(const Ints& base, const Ints& x, float factor) {
+  const Floats v = floats(base) + factor * floats(x - base), low = choose(v < 0, Floats(), v);
+  return cut(choose(low > 255, Floats(255), low));
 }
 
-inline Ints grey_of(Ints r, Ints g, Ints b) { return (19595 * r + 38470 * g + 7471 * b + 32768) >> 16; }
+inline Ints grey_of(const Ints& r, const Ints& g, const Ints& b) { return (19595 * r + 38470 * g + 7471 * b + 32768) >> 16; }
 
 // Where Pillow's floats end below the multiple h of 1/255 that they are meant to reach.
-inline Ints falls_short(Ints h) {
+inline Ints falls_short(const Ints& h) {
   const Ints low = ((h >= 1) & (h <= 31)) | ((h >= 88) & (h <= 104) & ((h & 3) == 0));
   const Ints high = ((h >= 129) & (h <= 149) & ((h & 1) == 1)) | ((h >= 153) & (h <= 209) & ((h & 3) == 1));
   return low | high | (h == 176) | (h == 184);
 }
 
 inline void shift_hue(Ints& r, Ints& g, Ints& b, int32_t shift) {
-  const Ints zero{}, one = zero + 1;
+  const Ints one = 1;
   const Ints v = larger(larger(r, g), b), c = v - smaller(smaller(r, g), b);
-  Ints n = r == v ? g - b : (g == v ? 2 * c + b - r : 4 * c + r - g);
-  n = 255 * (n < 0 ? n + 6 * c : n);
+  Ints n = choose(r == v, g - b, choose(g == v, 2 * c + b - r, 4 * c + r - g));
+  n = 255 * choose(n < 0, n + 6 * c, n);
   const Ints sixths = 6 * larger(c, one);
   Ints h = quotient(n, sixths);
   h += (h * sixths == n) & falls_short(h);  // true is -1
   h = (h + shift) & 255;
   const Floats s = floats(quotient(255 * c, larger(v, one))) / 255, value = floats(v);
-  const Ints i = quotient(6 * h, zero + 255);
+  const Ints i = quotient(6 * h, 255);
   const Floats f = floats(6 * h - 255 * i) / 255;
   const Ints p = cut(value * (1 - s) + 0.5f), q = cut(value * (1 - s * f) + 0.5f);
   const Ints t = cut(value * (1 - s * (1 - f)) + 0.5f);
-  r = i == 1 ? q : (i == 4 ? t : (((i == 2) | (i == 3)) ? p : v));
-  g = ((i == 0) | (i == 6)) ? t : (i == 3 ? q : (((i == 4) | (i == 5)) ? p : v));
-  b = ((i <= 1) | (i == 6)) ? p : (i == 2 ? t : (i == 5 ? q : v));
+  r = choose(i == 1, q, choose(i == 4, t, choose((i == 2) | (i == 3), p, v)));
+  g = choose((i == 0) | (i == 6), t, choose(i == 3, q, choose((i == 4) | (i == 5), p, v)));
+  b = choose((i <= 1) | (i == 6), p, choose(i == 2, t, choose(i == 5, q, v)));
 }
 
 // One image of C channels at a time; keeps its planes from one to the next.
@@ -74,16 +73,16 @@ class Jitter {
   }
 
  private:
-  static Ints level(Ints r, Ints g, Ints b) { return C == 1 ? r : grey_of(r, g, b); }
+  static Ints level(const Ints& r, const Ints& g, const Ints& b) { return C == 1 ? r : grey_of(r, g, b); }
 
   template <typename F>
   void each(F change) {
     uint8_t *red = planes_.data(), *green = red + (C == 3) * size_, *blue = green + (C == 3) * size_;
     for (int64_t i = 0; i < size_; i += LANES) {
-      Ints r = load_ints(red + i), g = load_ints(green + i), b = load_ints(blue + i);
+      Ints r = read_bytes(red + i), g = read_bytes(green + i), b = read_bytes(blue + i);
       change(r, g, b);
-      put(red + i, r);
-      if (C == 3) put(green + i, g), put(blue + i, b);
+      write_bytes(red + i, r);
+      if (C == 3) write_bytes(green + i, g), write_bytes(blue + i, b);
     }
   }
 
@@ -93,21 +92,20 @@ class Jitter {
     for (int64_t begin = 0; begin < size_; begin += 1 << 20) {  // as many as 32 bits hold
       Ints sum{};
       for (int64_t i = begin; i < std::min(size_, begin + (1 << 20)); i += LANES)
-        sum += level(load_ints(red + i), load_ints(green + i), load_ints(blue + i));
+        sum += level(read_bytes(red + i), read_bytes(green + i), read_bytes(blue + i));
       for (int64_t lane = 0; lane < LANES; ++lane) total += sum[lane];
     }
     return static_cast<int32_t>((2 * total + count_) / (2 * count_));
   }
 
-  void blend_all(Ints base, float f) {
+  void blend_all(const Ints& base, float f) {
     for (int64_t i = 0; i < C * size_; i += LANES)
-      put(planes_.data() + i, blend(base, load_ints(planes_.data() + i), f));
+      write_bytes(planes_.data() + i, blend(base, read_bytes(planes_.data() + i), f));
   }
 
   void stage(int64_t which, const float* factor) {
-    const Ints zero{};
-    if (which == BRIGHTNESS) blend_all(zero, factor[BRIGHTNESS]);
-    if (which == CONTRAST) blend_all(zero + mean(), factor[CONTRAST]);
+    if (which == BRIGHTNESS) blend_all(0, factor[BRIGHTNESS]);
+    if (which == CONTRAST) blend_all(mean(), factor[CONTRAST]);
     if (which == SATURATION && C == 3)
       each([f = factor[SATURATION]](Ints& r, Ints& g, Ints& b) {
         const Ints base = level(r, g, b);

@@ -25,12 +25,11 @@ constexpr float EPS = 1e-12f;             // the least norm that divides: torch.
 constexpr int64_t BLOCK_LOGITS = 1 << 16;  // 256 kB, a part of a core's own cache
 
 // exp within two units of the last digit for x <= 0; 0 below -87, where the sum no longer feels it.
-inline Floats exp_negative(Floats x) {
-  const Floats least = Floats{} - 87.0f;
-  const Floats v = x < least ? least : x;
+inline Floats exp_negative(const Floats& x) {
+  const Floats least = -87.0f, v = choose(x < least, least, x);
   const Floats n = (v * 1.44269504f + 12582912.0f) - 12582912.0f;  // to the nearest integer
   const Floats f = (v - n * 0.693359375f) + n * 2.12194440e-4f;    // ln 2 in two parts: the first product is exact
-  Floats y = Floats{} + 1.0f / 5040;
+  Floats y = 1.0f / 5040;
   y = y * f + 1.0f / 720;
   y = y * f + 1.0f / 120;
   y = y * f + 1.0f / 24;
@@ -38,9 +37,8 @@ inline Floats exp_negative(Floats x) {
   y = y * f + 0.5f;
   y = y * f + 1.0f;
   y = y * f + 1.0f;
-  const Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
-  const Floats scaled = y * read<Floats>(reinterpret_cast<const float*>(&power));
-  return x < least ? Floats{} : scaled;
+  const Ints power = (convert<int32_t>(n) + 127) << 23;
+  return choose(x < least, Floats(), y * bits<float>(power));
 }
 
 float dot(const float* a, const float* b, int64_t count) {
@@ -53,13 +51,13 @@ float dot(const float* a, const float* b, int64_t count) {
 }
 
 float scale_and_max(float* s, float factor, float divisor, int64_t count) {
-  Floats top = Floats{} - INFINITY;
+  Floats top = -INFINITY;
   float last = -INFINITY;
   int64_t i = 0;
   for (; i + LANES <= count; i += LANES) {
     const Floats v = load(s + i) * factor / divisor;
     store(s + i, v);
-    top = v > top ? v : top;
+    top = choose(v > top, v, top);
   }
   for (; i < count; ++i) last = std::max(last, s[i] = s[i] * factor / divisor);
   for (int lane = 0; lane < LANES; ++lane) last = std::max(last, top[lane]);
@@ -72,12 +70,12 @@ float exp_and_sum(float* s, float top, int64_t count, float* inner = nullptr) {
   int64_t i = 0;
   for (; i < count; i += LANES) {
     const int64_t left = std::min(LANES, count - i);
-    Floats v = Floats{} - INFINITY;
-    if (left == LANES) v = load(s + i); else std::memcpy(&v, s + i, left * sizeof(float));
+    Floats v = -INFINITY;
+    if (left == LANES) v = load(s + i); else std::memcpy(v.part, s + i, left * sizeof(float));
     const Floats e = exp_negative(v - top);
-    if (left == LANES) store(s + i, e); else std::memcpy(s + i, &e, left * sizeof(float));
+    if (left == LANES) store(s + i, e); else std::memcpy(s + i, e.part, left * sizeof(float));
     total += e;
-    weighted += v > -INFINITY ? v * e : Floats{};
+    weighted += choose(v > -INFINITY, v * e, Floats());
   }
   if (inner) *inner = sum_lanes(weighted);
   return sum_lanes(total);

@@ -48,7 +48,7 @@ struct PixLoss {
     float total = 0;
     int64_t i = 0;
     for (; i + LANES <= width; i += LANES) lanes += far(load(p + i) - load(t + i));
-    for (; i < width; ++i) total += far(Floats{p[i] - t[i]})[0];
+    for (; i < width; ++i) total += far(p[i] - t[i])[0];
     return (total + sum_lanes(lanes)) / width;
   }
 
@@ -57,7 +57,7 @@ struct PixLoss {
     const float factor = dloss / width;
     int64_t i = 0;
     for (; i + LANES <= width; i += LANES) store(dp + i, steep(load(p + i) - load(t + i)) * factor);
-    for (; i < width; ++i) dp[i] = steep(Floats{p[i] - t[i]})[0] * factor;
+    for (; i < width; ++i) dp[i] = steep(p[i] - t[i])[0] * factor;
   }
 
  private:
@@ -70,20 +70,19 @@ struct PixLoss {
     return total + sum_lanes(lanes);
   }
 
-  Floats far(Floats r) const {
+  Floats far(const Floats& r) const {
     if (distance == L2) return r * r;
-    const Floats a = r < 0 ? -r : r;
+    const Floats a = choose(r < 0, -r, r);
     if (distance == L1) return a;
-    return a < beta ? r * r / (2 * beta) : a - beta / 2;
+    return choose(a < beta, r * r / (2 * beta), a - beta / 2);
   }
 
-  Floats steep(Floats r) const {
+  Floats steep(const Floats& r) const {
     if (distance == L2) return r + r;
-    const Floats one = Floats{} + 1.0f, zero{};
-    const Floats sign = r > 0 ? one : (r < 0 ? -one : r + zero);  // of NaN it is NaN
+    const Floats one = 1;
+    const Floats sign = choose(r > 0, one, choose(r < 0, -one, r + 0));  // of NaN it is NaN
     if (distance == L1) return sign;
-    const Floats a = r < 0 ? -r : r;
-    return a < beta ? r / beta : sign;
+    return choose(choose(r < 0, -r, r) < beta, r / beta, sign);
   }
 };
 

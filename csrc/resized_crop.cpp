@@ -69,17 +69,11 @@ struct Taps {
   std::vector<double> exact;
 };
 
-// Sixteen sums to sixteen bytes.
-inline Bytes to_bytes(Ints sum) {
-  const Ints v = sum >> BITS, zero{}, top = zero + 255;
-  return __builtin_convertvector(v < zero ? zero : (v > top ? top : v), Bytes);
-}
-
+// Sixteen bytes, each of `count` that lie `stride` apart.
 inline Ints weighted(const uint8_t* from, int64_t stride, const int32_t* weight, int64_t count) {
-  Ints sum = Ints{} + (1 << (BITS - 1));
-  for (int64_t t = 0; t < count; ++t, from += stride)
-    sum += load_ints(from) * weight[t];
-  return sum;
+  Ints sum = 1 << (BITS - 1);
+  for (int64_t t = 0; t < count; ++t, from += stride) sum += read_bytes(from) * weight[t];
+  return sum >> BITS;
 }
 
 // One image of C channels at a time; keeps its buffers from one to the next.
@@ -110,11 +104,10 @@ class Resizer {
 
   void shrink_rows(uint8_t* to, bool flip) const {
     for (int64_t x = 0; x < width_; ++x) {
-      const Bytes pixels = to_bytes(weighted(packed_.data() + across_.first[x] * LANES, LANES,
-                                             across_.weight.data() + x * across_.width, across_.count[x]));
-      uint8_t* at = to + (flip ? width_ - 1 - x : x) * C;
-      const char* pixel = reinterpret_cast<const char*>(&pixels);
-      for (int64_t r = 0; r < ROWS; ++r) std::memcpy(at + r * stride_, pixel + r * CHANNELS, C);
+      uint8_t pixels[LANES], *at = to + (flip ? width_ - 1 - x : x) * C;
+      write_bytes(pixels, weighted(packed_.data() + across_.first[x] * LANES, LANES,
+                                   across_.weight.data() + x * across_.width, across_.count[x]));
+      for (int64_t r = 0; r < ROWS; ++r) std::memcpy(at + r * stride_, pixels + r * CHANNELS, C);
     }
   }
 
@@ -124,8 +117,14 @@ class Resizer {
       const uint8_t* from = middle_.data() + down_.first[y] * stride_;
       const int32_t* weight = down_.weight.data() + y * down_.width;
       for (int64_t i = 0; i < row; i += LANES) {
-        const Bytes values = to_bytes(weighted(from + i, stride_, weight, down_.count[y]));
-        std::memcpy(out + i, &values, std::min(LANES, row - i));
+        const Ints values = weighted(from + i, stride_, weight, down_.count[y]);
+        if (row - i >= LANES) {
+          write_bytes(out + i, values);
+          continue;
+        }
+        uint8_t last[LANES];
+        write_bytes(last, values);
+        std::memcpy(out + i, last, row - i);
       }
     }
   }

@@ -1,8 +1,4 @@
 // Rows of fp32, bf16, fp16 or uint8, sixteen values at a time.
-//
-// The vectors are the compiler's own (GCC, Clang), sixteen lanes on every processor and no contraction of
-// multiply and add (native.py): so the order of every sum, and with it every bit of a result, is the same with
-// AVX-512, AVX2 or NEON. All arithmetic is fp32.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -10,64 +6,31 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
-
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <vector>
 
+#include "lanes.h"
+
 namespace fastmim {
 
-constexpr int64_t LANES = 16;
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Shorts __attribute__((vector_size(32)));
-typedef uint8_t Bytes __attribute__((vector_size(16)));
-
-template <typename V, typename T>
-inline V read(const T* at) {
-  static_assert(sizeof(V) == LANES * sizeof(T));
-  V v;
-  std::memcpy(&v, at, sizeof(V));  // of any alignment
-  return v;
-}
-
-template <typename T, typename V>
-inline void write(T* at, V v) {
-  static_assert(sizeof(V) == LANES * sizeof(T));
-  std::memcpy(at, &v, sizeof(V));
-}
-
-inline Ints load_ints(const uint8_t* at) {
-#ifdef __AVX512F__
-  return (Ints)_mm512_cvtepu8_epi32(read<__m128i>(at));  // GCC needs seven instructions for it
-#else
-  return __builtin_convertvector(__builtin_convertvector(read<Bytes>(at), Shorts), Ints);  // else in single values
-#endif
-}
-
-inline Floats load(const float* at) { return read<Floats>(at); }
-inline Floats load(const uint8_t* at) { return __builtin_convertvector(load_ints(at), Floats); }
+inline Floats load(const float* at) { return read(at); }
+inline Floats load(const uint8_t* at) { return convert<float>(read_bytes(at)); }
 inline Floats load(const c10::BFloat16* at) {
-  const Words high = __builtin_convertvector(read<Shorts>(at), Words) << 16;
-  return read<Floats>(reinterpret_cast<const float*>(&high));
+  return bits<float>(convert<uint32_t>(read(reinterpret_cast<const uint16_t*>(at))) << 16);
 }
 inline Floats load(const c10::Half* at) {
-  Floats v;
+  float v[LANES];
   for (int i = 0; i < LANES; ++i) v[i] = static_cast<float>(at[i]);
-  return v;
+  return load(v);
 }
 
 inline void store(float* at, Floats v) { write(at, v); }
 inline void store(c10::BFloat16* at, Floats v) {
-  const Words bits = read<Words>(reinterpret_cast<const uint32_t*>(&v));
-  const Words even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
-  const Words nan = (bits & 0x7fffffff) > 0x7f800000;             // all ones where it is
-  write(at, __builtin_convertvector((nan & 0x7fc0) | (~nan & even), Shorts));
+  const Words x = bits<uint32_t>(v), even = (x + 0x7fff + ((x >> 16) & 1)) >> 16;  // to nearest, ties to even
+  const Ints nan = (x & 0x7fffffff) > 0x7f800000;
+  write(reinterpret_cast<uint16_t*>(at), convert<uint16_t>(choose(nan, Words(0x7fc0), even)));
 }
 inline void store(c10::Half* at, Floats v) {
   for (int i = 0; i < LANES; ++i) at[i] = static_cast<c10::Half>(v[i]);

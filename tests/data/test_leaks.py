@@ -33,7 +33,7 @@ def test_a_leak_of_memory_is_seen(monkeypatch, capsys, folder):
     kept, real = [], Loader.__next__
 
     def leak(self):
-        kept.append(mmap.mmap(-1, 8 * 2**20))  # new pages: an allocator could hand out what earlier tests freed
+        kept.append(mmap.mmap(-1, 8 * 2**20))  # new pages, not what earlier tests freed
         kept[-1].write(b"1" * len(kept[-1]))
         return real(self)
 
