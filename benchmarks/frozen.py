@@ -8,6 +8,7 @@ Expected   all three clearly above the same encoder with its first weights; feat
 How        the real command for each, recipe cifar10 (ViT-Ti, patch 4), with one batch, rate and length for
            all; then what `fastmim knn` and `fastmim ridge` do, on whole images. The health of those features
            is that of fastmim/methods/health.py: deviation of unit vectors times sqrt(D), effective rank.
+           cmae:mask is C-MAE with `--variant mask`: without colours, where the paper reports trouble.
 
 A row per method in benchmarks/results/frozen.jsonl, and frozen.png: loss, health in training, what was read.
 """
@@ -16,7 +17,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,13 @@ PROBES = ("knn", "ridge")
 K = 20
 
 
-def train(method: str, run_dir: Path, data: Path, flags: Sequence[str]) -> None:
+def train(name: str, run_dir: Path, data: Path, flags: Sequence[str]) -> None:
     """One run by the real command; a run directory that is finished is left as it is."""
     if (run_dir / "encoder.safetensors").exists():
         return
+    method, _, variant = name.partition(":")
     command = [sys.executable, "fastmim/train.py", "--method", method, "--recipe", "cifar10"]
+    command += ["--variant", variant] if variant else []
     command += ["--data.path", str(data / "train"), "--run-dir", str(run_dir), *flags]
     if any((run_dir / "checkpoints").glob("step-*")):
         command += ["--resume"]
@@ -103,7 +105,8 @@ def draw(runs: dict[str, Path], rows: dict[str, dict[str, Any]], path: Path) -> 
     axes[2].set_xticklabels(wanted)
     for axis in axes:
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=7)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -113,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("data", type=Path, help="folder with train/CLASS and test/CLASS")
-    parser.add_argument("--methods", nargs="+", default=["mae", "rmae", "cmae"])
+    parser.add_argument("--methods", nargs="+", default=["mae", "rmae", "cmae"], metavar="METHOD[:VARIANT]")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3, help="after a warm-up of a tenth of the run")
@@ -128,22 +131,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     images = sum(1 for _ in (a.data / "train").rglob("*.*"))
     flags = ["--steps", str(a.steps), "--batch", str(a.batch), "--optim.lr", str(a.lr), "--data.cache", "ram"]
     flags += ["--optim.warmup-epochs", str(a.steps / 10 * a.batch / images), *a.flags]
-    runs = {method: a.runs / method for method in a.methods}
-    seconds = {}
-    for method, run in runs.items():
-        start = time.perf_counter()
-        train(method, run.absolute(), a.data.absolute(), flags)
-        seconds[method] = time.perf_counter() - start
+    runs = {name: a.runs / name.replace(":", "-") for name in a.methods}
+    for name, run in runs.items():
+        train(name, run.absolute(), a.data.absolute(), flags)
     first = a.runs / "random.safetensors"
     random_encoder(next(iter(runs.values())), first)
     rows: dict[str, dict[str, Any]] = {}
     for name, encoder in {RANDOM: first, **runs}.items():
         rows[name] = read(encoder, a.data, a.most, a.threads)
-        trained = {"steps": a.steps, "batch": a.batch, "lr": a.lr, "seconds": seconds.get(name, 0.0)}
+        trained: dict[str, Any] = {"steps": a.steps, "batch": a.batch, "lr": a.lr}
         loss = {}
         if name in runs:
-            last = json.loads((runs[name] / "metrics.jsonl").read_text().splitlines()[-1])
-            loss = {key: last[key] for key in last.keys() - {"step", "epoch", "seconds"}}
+            logged = [json.loads(line) for line in (runs[name] / "metrics.jsonl").read_text().splitlines()]
+            trained["seconds"] = sum(row.get("seconds", 0.0) for row in logged)
+            loss = {key: logged[-1][key] for key in sorted(logged[-1].keys() - {"step", "epoch", "seconds"})}
         append(
             a.results / "frozen.jsonl",
             {"method": name, **trained, **rows[name], "last": loss} | environment(),
