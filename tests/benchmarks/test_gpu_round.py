@@ -156,7 +156,7 @@ def test_without_a_gpu_only_the_rehearsal_runs(monkeypatch, capsys):
     assert "want a CUDA device" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rehearsal(tmp_path):
     """The whole round at tiny shapes, as a script, without an installation on the path."""
     out = tmp_path / "out"

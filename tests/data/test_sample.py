@@ -220,7 +220,7 @@ def gradient_histograms(x: np.ndarray) -> np.ndarray:
     return (cells / (np.linalg.norm(cells, axis=-1, keepdims=True) + 0.5)).reshape(len(x), -1)
 
 
-@pytest.mark.slow
+@pytest.mark.long  # the whole set is drawn for it
 def test_mean_colour_does_not_tell_the_class(images):
     x, y, x_test, y_test = (f for s in COUNTS for f in (images[s][0].mean((1, 2)), images[s][1]))
     assert nearest_mean_accuracy(x, y, x_test, y_test) < 0.125  # chance is 0.083
@@ -229,7 +229,7 @@ def test_mean_colour_does_not_tell_the_class(images):
     )  # measured: 0.11; a tint of 5 % by class: 0.135
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_shape_tells_the_class(images):
     x, y, x_test, y_test = (f for s in COUNTS for f in (gradient_histograms(images[s][0]), images[s][1]))
     assert ridge_accuracy(x, y, x_test, y_test, ridge=3000.0) > 0.25  # three times chance; measured: 0.32
