@@ -2,7 +2,7 @@
 //
 // They lie in as many vectors of the compiler (GCC, Clang) as make up sixteen lanes in the processor's
 // registers: one with AVX-512, two with AVX2, four with NEON. (What is wider than a register lives in memory: a
-// resize took nine times as long.) Nor are multiply and add contracted (native.py): so the order of every sum,
+// resize took eight times as long.) Nor are multiply and add contracted (native.py): so the order of every sum,
 // and with it every bit of a result, is the same on all of them.
 #pragma once
 
@@ -128,7 +128,8 @@ inline void write_bytes(uint8_t* at, const Ints& v) {
   const __m512i positive = _mm512_max_epi32((__m512i)v.part[0], _mm512_setzero_si512());
   _mm_storeu_si128(reinterpret_cast<__m128i*>(at), _mm512_cvtusepi32_epi8(positive));
 #elif defined(__AVX2__)
-  const __m256i shorts = _mm256_packs_epi32((__m256i)v.part[0], (__m256i)v.part[1]);  // within halves: 0-3 8-11, 4-7 12-15
+  // packed within each half of the register: 0 to 3 and 8 to 11, 4 to 7 and 12 to 15
+  const __m256i shorts = _mm256_packs_epi32((__m256i)v.part[0], (__m256i)v.part[1]);
   const __m256i packed = _mm256_packus_epi16(shorts, shorts);
   const __m256i ordered = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(at), _mm256_castsi256_si128(ordered));
