@@ -4,8 +4,8 @@ TESTS = ["tests/ops/test_native.py"]  # what is run against each
 FAULTS = [
     (
         "csrc/rows.h",
-        "const Words even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;",
-        "const Words even = bits >> 16;",
+        "even = (x + 0x7fff + ((x >> 16) & 1)) >> 16;",
+        "even = x >> 16;",
         "bf16 is cut off instead of rounded",
         "gather",
     ),
@@ -60,8 +60,8 @@ FAULTS = [
     ),
     (
         "csrc/pix_loss.h",
-        "return a < beta ? r * r / (2 * beta) : a - beta / 2;",
-        "return a < beta ? r * r / (2 * beta) : a - beta;",
+        "return choose(a < beta, r * r / (2 * beta), a - beta / 2);",
+        "return choose(a < beta, r * r / (2 * beta), a - beta);",
         "smooth L1 with a step at beta",
         "norm_pix_loss",
     ),
@@ -109,8 +109,8 @@ FAULTS = [
     ),
     (
         "csrc/info_nce.cpp",
-        "return x < least ? Floats{} : scaled;",
-        "return scaled;",
+        "return choose(x < least, Floats(), y * bits<float>(power));",
+        "return y * bits<float>(power);",
         "logits far below the top count as exp(-87)",
         "info_nce",
     ),
