@@ -23,7 +23,7 @@ def test_memory_is_flat_over_epochs(folder, decoder, capsys):
     """The short form of `python -m benchmarks.pipeline.soak`."""
     if decoder == "dali":
         pytest.importorskip("nvidia.dali")
-    flags = f"--epochs 20 --warm-up 8 --batch 8 --size 32 --threads 2 --decoder {decoder}"
+    flags = f"--epochs 14 --warm-up 6 --batch 8 --size 32 --threads 2 --decoder {decoder}"
     status = soak.main([str(folder), *flags.split()])
     shown = capsys.readouterr().out
     assert status == 0 and "left after closing: nothing" in shown, shown
