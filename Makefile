@@ -42,7 +42,7 @@ train: alive
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed fastmim/train.py --method rmae $(ARGS)
 
 test: alive
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-long: alive
 	$(BIN)/python -m pytest -n 0 -m long $(ARGS)

@@ -17,14 +17,6 @@ if not torch.cuda.is_available():
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
-def pytest_collection_modifyitems(items):
-    """For `pytest -n 2 --dist loadgroup`: a file whose tests share ranks or images stays on one worker."""
-    for item in items:
-        if item.path.parent.name in ("engine", "benchmarks", "data"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 @pytest.fixture
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -202,7 +202,7 @@ def test_the_engine_of_real_training(tmp_path):
     assert row["provider"] == "deepspeed" and row["zero"] == 1 and row["method"] == "rmae"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_compiled_method_is_checked_against_the_eager_one():
     method = make()
     method.compile(dynamic=False)

@@ -148,7 +148,7 @@ class Runner:
 
 def pytest_of(group: Group, only: str) -> list[str]:
     flags = ["-m", "pytest", "-x", "-q", "-rfE", "-p", "no:cacheprovider", *group.tests]
-    return [*flags, "-k", only] if only else flags
+    return [*flags, "-m", "", "-k", only] if only else flags  # long ones too, where they are named
 
 
 def verdict(status: int | None, said: str, limit_s: float) -> tuple[str, str]:

@@ -3,7 +3,7 @@
 TESTS = ["tests/engine/test_teacher.py", "tests/interop/test_mae.py"]
 TEACHER = "fastmim/engine/teacher.py"
 DOOR = "fastmim/engine/deepspeed.py"
-PRETRAIN = "fastmim/engine/pretrain.py"
+SHARDS = "fastmim/engine/shards.py"
 MAE = "fastmim/interop/mae.py"
 ONE, TWO, RESUMED = "average and 1-Case", "(average or rounded) and 2-Case", "resumed_run and (1 or 2)"
 FAULTS = [
@@ -127,7 +127,7 @@ FAULTS = [
         "one_launch and 1-Case",
     ),
     (
-        PRETRAIN,
+        SHARDS,
         "        torch.save(teacher.state(), teacher_file(folder, ranks))\n",
         "        torch.save(teacher.state(), folder / \"teacher-rank0.pt\")\n",
         "all ranks write one file",
