@@ -80,6 +80,20 @@ def environment() -> dict[str, Any]:
     }
 
 
+@cache
+def import_torchvision() -> torch.library.Library | None:
+    """Import it; beside a torch for CPUs its own ops lack even their schemas. What is returned must live."""
+    library = None
+    try:
+        import_module("torchvision")
+    except RuntimeError:  # "operator torchvision::nms does not exist"
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import_module("torchvision")
+    return library
+
+
 def portable(argument: str) -> str:
     """An absolute path without the folders of one machine."""
     path = Path(argument)

@@ -13,11 +13,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from benchmarks.harness import import_torchvision
 from benchmarks.peers.race import Peer, main
 from fastmim.methods.mae import MAE
 
 
 def timm_block(width: int, heads: int) -> nn.Module:
+    import_torchvision()  # timm does
     from timm.models.vision_transformer import Block
 
     return Block(width, heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))

@@ -1,11 +1,9 @@
 """What loader.py races: the DataLoader of other code, DALI's own graph, and ours."""
 
-import importlib
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from benchmarks.harness import DEVICE
+from benchmarks.harness import DEVICE, import_torchvision
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -63,20 +61,6 @@ def to_uint8(image: "Image") -> Tensor:
     if torch.rand(1) < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return torch.from_numpy(np.array(image))
-
-
-@cache
-def import_torchvision() -> torch.library.Library | None:
-    """Import it; beside a torch for CPUs its own ops lack even their schemas. What is returned must live."""
-    library = None
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError:  # "operator torchvision::nms does not exist"
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        importlib.import_module("torchvision")
-    return library
 
 
 def maes_transforms() -> Callable[["Image"], Tensor]:
