@@ -141,12 +141,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: dict[str, dict[str, Any]] = {}
     for name, encoder in {RANDOM: first, **runs}.items():
         rows[name] = read(encoder, a.data, a.most, a.threads)
-        trained: dict[str, Any] = {"steps": a.steps, "batch": a.batch, "lr": a.lr}
+        trained = {"steps": a.steps, "batch": a.batch, "lr": a.lr}
         loss = {}
         if name in runs:
-            logged = [json.loads(line) for line in (runs[name] / "metrics.jsonl").read_text().splitlines()]
-            trained["seconds"] = sum(row.get("seconds", 0.0) for row in logged)
-            loss = {key: logged[-1][key] for key in sorted(logged[-1].keys() - {"step", "epoch", "seconds"})}
+            last = json.loads((runs[name] / "metrics.jsonl").read_text().splitlines()[-1])
+            loss = {key: last[key] for key in sorted(last.keys() - {"step", "epoch", "seconds"})}
         append(
             a.results / "frozen.jsonl",
             {"method": name, **trained, **rows[name], "last": loss} | environment(),

@@ -1,8 +1,6 @@
 """No GPU? Then the Triton kernels run in Triton's interpreter, on the CPU, in the same tests."""
 
-import importlib
 import os
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,18 +21,12 @@ def device() -> str:
 
 
 @pytest.fixture(scope="session")
-def torchvision_loads() -> Iterator[None]:
+def torchvision_loads() -> None:
     """timm and transformers import torchvision, which lacks two ops of its own beside a CPU torch."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
+    from benchmarks.harness import import_torchvision
+
     if find_spec("torchvision") is not None:
-        try:
-            importlib.import_module("torchvision")
-        except RuntimeError:  # "operator torchvision::nms does not exist"
-            for name in ("nms", "qnms"):
-                library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            importlib.import_module("torchvision")
-    yield
-    library._destroy()
+        import_torchvision()
 
 
 @pytest.fixture(autouse=True)

@@ -49,7 +49,7 @@ def test_rows_picture_and_status(finished, capsys):
     for row in rows:
         assert row["train_images"] == row["test_images"] == 36
         assert all(0 <= row[f"{f}/{p}"] <= 1 for f in ("cls", "mean") for p in ("knn", "ridge"))
-    assert rows[1]["seconds"] == 4.0 and rows[1]["last"] == {"feature_std": 0.9, "loss": 0.5}
+    assert rows[1]["last"] == {"feature_std": 0.9, "loss": 0.5}
     assert (finished / "frozen.png").stat().st_size > 10_000
 
 
