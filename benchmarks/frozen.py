@@ -6,12 +6,14 @@ Question   do the three objectives of Kong & Zhang (arXiv:2208.04164) each teach
            budget of minutes, and does any of them collapse on the way?
 Expected   all three clearly above the same encoder with its first weights, in one probe at least;
            feature_std near 1 throughout.
-How        the real command for each, recipe cifar10 (ViT-Ti, patch 4), with one batch, rate and length for
-           all; then what `fastmim knn` and `fastmim ridge` do, on whole images. The health of those features
-           is that of fastmim/methods/health.py: deviation of unit vectors times sqrt(D), effective rank.
+How        the real command for each, recipe cifar10 (ViT-Ti, patch 4; batch norm in C-MAE's heads), with one
+           batch, rate and length for all; then what `fastmim knn` and `fastmim ridge` do, on whole images.
+           The health of those features is that of fastmim/methods/health.py: deviation of unit vectors
+           times sqrt(D), effective rank.
            cmae:mask is C-MAE with `--variant mask`: without colours, where the paper reports trouble.
 
 A row per method in benchmarks/results/frozen.jsonl, and frozen.png: loss, health in training, what was read.
+`--name` gives another pair of files their name.
 """
 
 import argparse
@@ -125,6 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--most", type=int, default=10_000, help="images read of each set")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "frozen", help="finished runs are kept")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--name", default="frozen", help="of the rows and the picture in there")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="for every training run")
     a = parser.parse_args(arguments)
@@ -147,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             last = json.loads((runs[name] / "metrics.jsonl").read_text().splitlines()[-1])
             loss = {key: last[key] for key in sorted(last.keys() - {"step", "epoch", "seconds"})}
         append(
-            a.results / "frozen.jsonl",
+            a.results / f"{a.name}.jsonl",
             {"method": name, **trained, **rows[name], "last": loss} | environment(),
         )
         shown = "  ".join(
@@ -157,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{name:>8}  {shown}  std {rows[name]['mean/std']:.2f}  rank {rows[name]['mean/rank']:.1f}",
             flush=True,
         )
-    draw(runs, rows, a.results / "frozen.png")
+    draw(runs, rows, a.results / f"{a.name}.png")
     above = {
         probe: [name for name in runs if clearly_above(rows[name], rows[RANDOM], probe)] for probe in PROBES
     }

@@ -16,6 +16,7 @@ Left open by the paper, and why it is as it is here:
         mask_token       without it the complement shares no position with T1, and nothing is said of what is
                          compared: T2 must then be `full` or `independent`, or whole images be compared.
         head_norm        none is mentioned. Heads follow the encoder's last norm and start as MAE's layers.
+                         Batch norm, as in MoCo v3, keeps more dimensions in short runs: see recipe cifar10.
         ema_schedule     a single value is given: constant. After the optimizer's step.
         color            "follows SimSiam", whose blur is not named: jitter and greyscale; one crop for both.
         loss_scale       the 2 tau of MoCo v3 is not in Eq. 9.
@@ -317,7 +318,7 @@ class CMAE(Method):
         return both_BT if present_BT is None else both_BT * present_BT
 
     def diagnose(self, row: Mapping[str, float]) -> str | None:
-        remedies = "try --method.color, a lower --optim.blr or --method.freeze-patch-embed"
+        remedies = "--method.color, --method.head-norm bn, --method.freeze-patch-embed or a lower --optim.blr"
         if self.config.loss != "info_nce":
-            remedies = "try --method.loss info_nce, --method.head-norm bn or a higher --method.ema"
-        return collapse(row, remedies)
+            remedies = "--method.loss info_nce, --method.head-norm bn or a higher --method.ema"
+        return collapse(row, f"try {remedies}")

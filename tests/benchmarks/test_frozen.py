@@ -30,27 +30,18 @@ def finished(tmp_path):
 
 
 def test_rows_picture_and_status(finished, capsys):
-    flags = [
-        "--methods",
-        "mae",
-        "cmae:mask",
-        "--runs",
-        str(finished / "runs"),
-        "--most",
-        "36",
-        "--threads",
-        "1",
-    ]
-    status = frozen.main([str(finished / "data"), *flags, "--results", str(finished)])
+    flags = ["--methods", "mae", "cmae:mask", "--runs", str(finished / "runs"), "--most", "36"]
+    flags += ["--threads", "1", "--results", str(finished), "--name", "short"]
+    status = frozen.main([str(finished / "data"), *flags])
     assert status == 1  # weights nobody trained
     assert "clearly above the first weights in ridge: none" in capsys.readouterr().out
-    rows = [json.loads(line) for line in (finished / "frozen.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (finished / "short.jsonl").read_text().splitlines()]
     assert [row["method"] for row in rows] == ["random", "mae", "cmae:mask"]
     for row in rows:
         assert row["train_images"] == row["test_images"] == 36
         assert all(0 <= row[f"{f}/{p}"] <= 1 for f in ("cls", "mean") for p in ("knn", "ridge"))
     assert rows[1]["last"] == {"feature_std": 0.9, "loss": 0.5}
-    assert (finished / "frozen.png").stat().st_size > 10_000
+    assert (finished / "short.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(("share", "clear"), [(0.5, False), (0.53, False), (0.55, True), (0.4, False)])
