@@ -17,6 +17,7 @@ A row per method in benchmarks/results/frozen.jsonl, and frozen.png: loss, healt
 """
 
 import argparse
+import hashlib
 import json
 import math
 import subprocess
@@ -82,6 +83,20 @@ def read(encoder: Path, data: Path, most: int, threads: int) -> dict[str, Any]:
     return row
 
 
+def read_once(runs: Path, encoder: Path, data: Path, most: int, threads: int) -> dict[str, Any]:
+    """What `read` says, kept among the runs: reading takes minutes, and may be interrupted like training."""
+    model = load_encoder(encoder)
+    digest = hashlib.sha256(f"{data.absolute()} {most} {model.config}".encode())
+    for tensor in model.state_dict().values():
+        digest.update(tensor.numpy().tobytes())
+    kept = runs / f"read-{digest.hexdigest()[:16]}.json"
+    if not kept.exists():
+        row = read(encoder, data, most, threads)
+        kept.with_suffix(".new").write_text(json.dumps(row))
+        kept.with_suffix(".new").replace(kept)
+    return json.loads(kept.read_text())
+
+
 def draw(runs: dict[str, Path], rows: dict[str, dict[str, Any]], path: Path) -> None:
     """Loss of each run, health of those that log it, accuracies of all."""
     import matplotlib
@@ -125,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3, help="after a warm-up of a tenth of the run")
     parser.add_argument("--most", type=int, default=10_000, help="images read of each set")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "frozen", help="finished runs are kept")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "frozen", help="finished ones are kept")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--name", default="frozen", help="of the rows and the picture in there")
     parser.add_argument("--threads", type=int, default=2)
@@ -143,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     random_encoder(next(iter(runs.values())), first)
     rows: dict[str, dict[str, Any]] = {}
     for name, encoder in {RANDOM: first, **runs}.items():
-        rows[name] = read(encoder, a.data, a.most, a.threads)
+        rows[name] = read_once(a.runs, encoder, a.data, a.most, a.threads)
         trained = {"steps": a.steps, "batch": a.batch, "lr": a.lr}
         loss = {}
         if name in runs:

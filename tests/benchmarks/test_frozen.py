@@ -44,6 +44,17 @@ def test_rows_picture_and_status(finished, capsys):
     assert (finished / "short.png").stat().st_size > 10_000
 
 
+def test_an_encoder_is_read_once_and_a_changed_one_anew(finished, monkeypatch):
+    said = []
+    monkeypatch.setattr(frozen, "read", lambda encoder, *_: said.append(encoder) or {"n": len(said)})
+    runs, run = finished / "runs", finished / "runs" / "mae"
+    how = finished / "data", 36, 1
+    assert [frozen.read_once(runs, run, *how)["n"] for _ in range(2)] == [1, 1]
+    assert frozen.read_once(runs, run, finished / "data", 48, 1)["n"] == 2
+    save_file(Encoder(MODEL).state_dict(), run / "encoder.safetensors", encoder_metadata(MODEL))
+    assert frozen.read_once(runs, run, *how)["n"] == 3
+
+
 @pytest.mark.parametrize(("share", "clear"), [(0.5, False), (0.53, False), (0.55, True), (0.4, False)])
 def test_clearly_is_three_standard_errors(share, clear):
     def row(best):
