@@ -63,3 +63,13 @@ def test_heads_have_the_size_of_the_paper_or_of_a_small_encoder():
     small = run_of("--method", "cmae")
     assert (small.method.hidden, small.method.out) == (4 * small.model.width, small.model.width)
     assert run_of("--method", "cmae", "--data.path", "x").optim.peak_lr(1024) == pytest.approx(6e-4)
+
+
+@pytest.mark.parametrize("variant", ["patch", "byol", "mask"])
+def test_on_cifar10_heads_have_batch_norm_and_elsewhere_none(variant):
+    said = "--method", "cmae", "--variant", variant, "--data.path", "x"
+    small, paper = run_of(*said, "--recipe", "cifar10").method, run_of(*said).method
+    assert (small.head_norm, small.ema) == ("bn", 0.99) and (paper.head_norm, paper.ema) == ("none", 0.996)
+    assert small.couples_batch
+    asked = run_of(*said, "--recipe", "cifar10", "--method.head-norm", "none", "--method.ema", "0.9").method
+    assert (asked.head_norm, asked.ema) == ("none", 0.9)
