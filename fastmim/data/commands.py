@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from fastmim.data.images import Images
 from fastmim.data.index import index_file
+from fastmim.data.left_out import plain
 from fastmim.data.pack import PackConfig, pack_images
 from fastmim.data.sizes import bytes_as_text
 from fastmim.data.source import MANIFEST, find_images, read_manifest
@@ -32,7 +33,8 @@ def _pack(args: Namespace) -> int:
         sum(counts) for counts in zip(*((s["images"], len(s["bad"])) for s in shards), strict=True)
     )
     total = sum(shard["bytes"] for shard in shards)
-    print(f"{packed:,} images in {len(shards)} shards, {bytes_as_text(total)}: {args.folder}")
+    print(f"{packed:,} images in {len(shards)} shards, {bytes_as_text(total)}: {plain(str(args.folder))}")
+    _say_left_out(images)
     if bad:
         print(f"{bad:,} bad images left out, each named in {args.folder / 'bad_samples.jsonl'}")
     return 0
@@ -46,13 +48,14 @@ def _verify(args: Namespace) -> int:
             bar.update(1)
             if reason is not None:
                 bad += 1
-                bar.write(f"{_plain(images.names[sample_id])}: {_plain(reason)}")
+                bar.write(f"{plain(images.names[sample_id])}: {plain(reason)}")
     manifest = read_manifest(images.root) if images.index.kind == "tar" else None
     changed = list(changed_shards(images.root, manifest)) if manifest else []
     for name in changed:
         print(f"{name}: not as packed: its SHA-256, or that of its index, is not the one in {MANIFEST}")
     what = f", {len(changed)} shards changed" if changed else ""
     print(f"{len(images) - bad:,} of {len(images):,} images are good, {bad:,} bad{what}")
+    _say_left_out(images)
     return int(bool(bad or changed))
 
 
@@ -62,7 +65,8 @@ def _index(args: Namespace) -> int:
     seconds = time.perf_counter() - start
     print(f"{len(images):,} images, {_classes(images)}, indexed in {seconds:.2f} s")
     for name in images.names[:EXAMPLES]:
-        print(f"  {_plain(name)}")
+        print(f"  {plain(name)}")
+    _say_left_out(images)
     kept = index_file(args.path)
     print(f"kept in {kept}" if kept.exists() else "not kept: it is small, or changed just now")
     return 0
@@ -73,9 +77,10 @@ def _stats(args: Namespace) -> int:
     with _bar(min(SAMPLE, len(images)), "stats") as bar:
         report = stats(images, args.workers, bar.update)
     if args.json:
-        print(json.dumps(report, indent=2))
+        print(json.dumps(report | {"left_out": str(images.left_out)}, indent=2))
         return 0
     print(f"{len(images):,} images ({report['kind']}), {_classes(images)}")
+    _say_left_out(images)
     if report["bad_in_sample"]:
         print(f"{report['bad_in_sample']} of {report['sample']} cannot be decoded: see fastmim data verify")
     if "mean" in report:
@@ -99,7 +104,7 @@ def _print_classes(counts: dict[str, int]) -> None:
     half = SHOWN_CLASSES // 2
     cut = len(ranked) > SHOWN_CLASSES
     for name in [*ranked[:half], *ranked[-half:]] if cut else ranked:
-        print(f"  {counts[name]:>9,}  {_plain(name)}")
+        print(f"  {counts[name]:>9,}  {plain(name)}")
     if cut:
         print(f"  the {half} largest and {half} smallest of {len(ranked):,}; --json has all")
 
@@ -108,9 +113,9 @@ def _classes(images: Images) -> str:
     return f"{len(images.classes):,} classes" if images.labels is not None else "no labels"
 
 
-def _plain(text: str) -> str:
-    """On one line, whatever bytes a file name has."""
-    return text.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")
+def _say_left_out(images: Images) -> None:
+    if images.left_out:
+        print(f"left out: {images.left_out}")
 
 
 def _bar(total: int, what: str) -> Any:

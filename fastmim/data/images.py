@@ -8,20 +8,26 @@ from pathlib import Path
 
 import numpy as np
 
+from fastmim.data.header import EXTENSIONS
 from fastmim.data.index import Index
+from fastmim.data.left_out import LeftOut
 
 MAX_CLASS = 1 << 20  # a label beyond this is no class number
+POINTER = b"version https://git-lfs.github.com/spec/"
+IS_POINTER = "a Git LFS pointer, not the file itself: run `git lfs pull`"
 
 
 class Images(ABC):
     """Encoded images, the i-th of which is sample i; `root` is what it is called when it is reported.
 
-    `labels` are int32 `[len(self)]` numbers of `classes`; None and () for an unlabelled set.
+    `labels` are int32 `[len(self)]` numbers of `classes`; None and () for an unlabelled set. `left_out` is
+    what lies beside them and is not read.
     """
 
     def __init__(self, root: Path, index: Index):
         self.root, self.index = root, index
         self.names, self.classes, self.labels = index.names, index.classes, index.labels
+        self.left_out = index.left_out
 
     def __len__(self) -> int:
         return len(self.names)
@@ -73,6 +79,23 @@ def labels_of(given: Sequence[str], classes: Sequence[str] = ()) -> tuple[tuple[
     if low < 0 or high >= limit:
         raise ValueError(f"want labels from 0 to {limit - 1}, got {low if low < 0 else high}")
     return tuple(classes) or tuple(str(i) for i in range(high + 1)), numbers.astype(np.int32)
+
+
+def no_image(where: str, left_out: LeftOut) -> ValueError:
+    """Says where there is none, what was looked for, and what was there."""
+    beside = f"; left out: {left_out}" if left_out else ""
+    return ValueError(f"no image in {where}: looked for {' '.join(EXTENSIONS)}{beside}")
+
+
+def check_fetched(path: Path) -> None:
+    """ValueError for the lines that Git leaves in the place of a large file. OSError if it cannot be read."""
+    with open(path, "rb") as file:
+        if is_pointer(file.read(len(POINTER))):
+            raise ValueError(f"{path} is {IS_POINTER}")
+
+
+def is_pointer(data: bytes) -> bool:
+    return data.startswith(POINTER)
 
 
 def distinct(names: list[str], prefixes: Sequence[str]) -> list[str]:

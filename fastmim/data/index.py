@@ -30,12 +30,13 @@ from typing import Any
 import numpy as np
 
 from fastmim.data.header import EXTENSIONS
+from fastmim.data.left_out import LeftOut
 
 MAGIC = b"fastmim index 1\n"
 HEAD = struct.Struct("<32sQ")  # SHA-256 of what follows it, bytes of the header
 SETTLED_NS = 2_000_000_000  # file systems count in ticks of up to two seconds
 STALE_S = 3600.0  # a file half written for so long belongs to nobody
-RULES = [1, *EXTENSIONS]  # other rules of what is an image, or how it is named, make another index
+RULES = [2, *EXTENSIONS]  # other rules of what is an image, or how it is named, make another index
 
 
 class Names(Sequence[str]):
@@ -118,6 +119,7 @@ class Index:
     labels: np.ndarray | None
     stamps: Stamps
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    left_out: LeftOut = field(default_factory=LeftOut)
 
 
 def cache_folder() -> Path:
@@ -147,7 +149,8 @@ def load(path: Path, kind: str) -> Index | None:
     names, parts = (Names(arrays.pop(f"{k}.blob").data, arrays.pop(f"{k}.ends")) for k in ("names", "parts"))
     stamps = Stamps(parts, arrays.pop("stamps"))
     labels = arrays.pop("labels").copy() if "labels" in arrays else None  # torch wants memory to write to
-    return Index(kind, names, tuple(header["classes"]), labels, stamps, arrays)
+    left_out = LeftOut(header["left_out"])
+    return Index(kind, names, tuple(header["classes"]), labels, stamps, arrays, left_out)
 
 
 def save(path: Path, index: Index, read_ns: int) -> bool:
@@ -162,7 +165,13 @@ def save(path: Path, index: Index, read_ns: int) -> bool:
         arrays |= {f"{name}.blob": np.frombuffer(strings.blob, np.uint8), f"{name}.ends": strings.ends}
     if index.labels is not None:
         arrays["labels"] = index.labels
-    header = {"path": _key(path), "kind": index.kind, "rules": RULES, "classes": index.classes}
+    header = {
+        "path": _key(path),
+        "kind": index.kind,
+        "rules": RULES,
+        "classes": index.classes,
+        "left_out": index.left_out.as_json(),
+    }
     file = index_file(path)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

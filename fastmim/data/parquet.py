@@ -5,6 +5,7 @@
                  the one binary column; of several the one called image or img
     label      = a ClassLabel of the metadata, with its names, else a column of integers or strings; the one
                  called label, labels, class or cls, else the first ClassLabel; else none
+                 (names in upper or lower case; columns may be encoded as dictionaries)
     name       = `path` of the struct, else FILE/ROW
 
 A row group is read whole to give one row, and the last few are kept. In shuffled order that is a row group
@@ -23,8 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from fastmim.data.images import Images, distinct, labels_of
+from fastmim.data.images import Images, check_fetched, distinct, labels_of
 from fastmim.data.index import Index, Names, fresh, save
+from fastmim.data.left_out import LeftOut
 
 CACHED_BYTES = 512 << 20  # of row groups; one that is larger is kept alone
 IMAGE, LABEL = ("image", "img"), ("label", "labels", "class", "cls")
@@ -120,9 +122,16 @@ def open_parquet(path: Path, root: Path, files: list[str]) -> ParquetImages:
         prefixes: list[str] = []
         labels: list[str | None] = []
         groups: list[tuple[int, int, int]] = []
+        left_out = LeftOut()
         classes: tuple[str, ...] = ()
         for i, name in enumerate(files):
-            paths, given, classes, rows = _index_file(root / name)
+            paths, given, said, rows = _index_file(root / name, left_out)
+            if i and said != classes:
+                raise ValueError(
+                    f"{path}: want the same classes in all files, got {len(classes)} in {files[0]} and"
+                    f" {len(said)}, or others, in {name}"
+                )
+            classes = said
             start = len(names)
             places = [f"{name}/{row:06d}" for row in range(len(paths))]
             prefixes += places
@@ -138,22 +147,29 @@ def open_parquet(path: Path, root: Path, files: list[str]) -> ParquetImages:
             named, numbers = labels_of(known, classes) if len(known) == len(labels) else ((), None)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        index = Index("parquet", Names.of(distinct(names, prefixes)), named, numbers, stamps, arrays)
+        if 0 < len(known) < len(labels):
+            first = next(i for i, label in enumerate(labels) if label in (None, "-1"))
+            left_out.add("label", f"{names[first]} of {len(labels) - len(known):,}", count=len(known))
+        unique = Names.of(distinct(names, prefixes))
+        index = Index("parquet", unique, named, numbers, stamps, arrays, left_out)
         save(path, index, read_ns)
     return ParquetImages(root, index)
 
 
-def _index_file(path: Path) -> tuple[list[str | None], list[str | None], tuple[str, ...], list[int]]:
+def _index_file(
+    path: Path, left_out: LeftOut
+) -> tuple[list[str | None], list[str | None], tuple[str, ...], list[int]]:
     """Paths and labels of all rows, names of the classes, rows of each group."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
+        check_fetched(path)
         with pq.ParquetFile(path) as file:
             schema, meta = file.schema_arrow, file.metadata
             rows = [meta.row_group(g).num_rows for g in range(meta.num_row_groups)]
             top, _ = image_column(schema, path)
-            label, classes = _label_column(schema)
+            label, classes = _label_column(schema, left_out)
             kind = schema.field(top).type
             has_path = pa.types.is_struct(kind) and kind.get_field_index("path") >= 0
             wanted = [f"{top}.path"] * has_path + [label] * (label is not None)
@@ -175,7 +191,8 @@ def image_column(schema: Any, path: object) -> tuple[str, str]:
     import pyarrow as pa
 
     def binary(kind: Any) -> bool:
-        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+        kind = _decoded(kind)
+        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
     def has_bytes(kind: Any) -> bool:
         return (
@@ -188,7 +205,7 @@ def image_column(schema: Any, path: object) -> tuple[str, str]:
     named = {name for name, feature in _features(schema).items() if feature.get("_type") == "Image"}
     found = found or {f.name: f.name for f in schema if binary(f.type)}
     for choice in (named, set(IMAGE)):
-        found = {name: leaf for name, leaf in found.items() if name in choice} or found
+        found = {name: leaf for name, leaf in found.items() if {name, name.lower()} & choice} or found
     if len(found) == 1:
         return next(iter(found.items()))
     columns = ", ".join(f"{f.name}: {f.type}" for f in schema)
@@ -199,18 +216,29 @@ def image_column(schema: Any, path: object) -> tuple[str, str]:
     )
 
 
-def _label_column(schema: Any) -> tuple[str | None, tuple[str, ...]]:
+def _decoded(kind: Any) -> Any:
+    """The type of the values of a column, which may be encoded as a dictionary."""
+    import pyarrow as pa
+
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _label_column(schema: Any, left_out: LeftOut) -> tuple[str | None, tuple[str, ...]]:
     """The column of labels, if there is one, and the names of its classes, if they are said."""
     import pyarrow as pa
 
     features = _features(schema)
     named = [name for name, feature in features.items() if feature.get("_type") == "ClassLabel"]
-    for name in [*(name for name in LABEL if name in named), *named]:
+    called = sorted((n for n in schema.names if n.lower() in LABEL), key=lambda n: LABEL.index(n.lower()))
+    for name in [*(name for name in called if name in named), *named]:
         if name in schema.names:
             return name, tuple(features[name].get("names") or ())
-    for field in (schema.field(name) for name in LABEL if name in schema.names):
-        if pa.types.is_integer(field.type) or pa.types.is_string(field.type):
+    is_text = pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view
+    for field in (schema.field(name) for name in called):
+        kind = _decoded(field.type)
+        if pa.types.is_integer(kind) or any(is_one(kind) for is_one in is_text):
             return field.name, ()
+        left_out.add("column", sort=f"{field.name} {field.type}")
     return None, ()
 
 

@@ -1,39 +1,57 @@
 """A path in, images out: what a path is decides how it is read.
 
-    folder                   of images, nested or flat                                     folder.py
+    folder                   of images, nested or flat; or of shards, there or below       folder.py
     .txt .tsv .lst .list     a path per line, and after a tab its label                    folder.py
     .tar                     one, a folder of them, `*` or `{0..9}`; also WebDataset's     tar.py
     .parquet                 one, a folder of them, `*` or `{0..9}`; Hugging Face's        parquet.py
 
-The in-memory source is `memory.MemoryImages`. Sample ids are stable: a function of names, or of the order in
-the file. What was found is kept, see index.py.
+A name that exists is taken as it is, whatever brackets are in it. Shards of several splits (train,
+validation, test) are refused unless braces name them; shards beside images are refused. The in-memory source
+is `memory.MemoryImages`. Sample ids are stable: a function of names, or of the order in the file. What was
+found is kept, see index.py.
 """
 
+import fnmatch
 import glob
 import json
 import os
 import re
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from fastmim.data.folder import kept_folder, open_folder, open_list
-from fastmim.data.header import EXTENSIONS
+from fastmim.data.folder import (
+    COMPRESSED,
+    SHARDS,
+    Found,
+    kept_folder,
+    only_shards,
+    open_folder,
+    open_list,
+    walk,
+)
 from fastmim.data.images import Images
 from fastmim.data.index import index_file
+from fastmim.data.left_out import plain
 from fastmim.data.parquet import open_parquet
 from fastmim.data.tar import open_tar
 
-LISTS, SHARDS = (".txt", ".tsv", ".lst", ".list"), (".tar", ".parquet")
-COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
+LISTS = (".txt", ".tsv", ".lst", ".list")
 MANIFEST = "manifest.json"  # of a folder that `fastmim data pack` wrote
 ACCEPTED = (
     f"a folder of images, a list of paths ({' '.join(LISTS)}), or tar or Parquet shards: one file, a folder"
     " of them or a pattern"
 )
 BRACES = re.compile(r"\{([^{}]*)\}")
-SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?\.parquet")  # as Hugging Face names files
+OF_MANY = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?\.\w+")  # as Hugging Face names files
+WORD = r"(?:^|[-._ /])({})(?=[-._ /\d])"  # in a path, as its readers look for it
+SPLITS = {
+    "train": re.compile(WORD.format("train|training")),
+    "validation": re.compile(WORD.format("validation|valid|val|dev")),
+    "test": re.compile(WORD.format("test|testing|eval|evaluation")),
+}
 
 
 def find_images(path: Path, *, refresh: bool = False) -> Images:
@@ -49,42 +67,97 @@ def find_images(path: Path, *, refresh: bool = False) -> Images:
     try:
         return _open(path)
     except OSError as error:
-        raise ValueError(f"cannot read {error.filename or path}: {error.strerror}") from None
+        raise ValueError(f"cannot read {plain(str(error.filename or path))}: {error.strerror}") from None
 
 
 def _open(path: Path) -> Images:
     if not path.exists():
-        files = sorted(_matching(str(path)))
+        files = [] if path.is_symlink() else sorted(_matching(str(path)))
         if not files:
-            raise ValueError(f"want {ACCEPTED}, got {path}: it does not exist")
-        return _open_shards(path, files)
+            why = "is a link that leads nowhere" if path.is_symlink() else "does not exist"
+            raise ValueError(f"want {ACCEPTED}, got {plain(str(path))}: it {why}")
+        return _open_shards(path, files, named="{" in path.name)
     if path.is_dir():
-        shards = _shards_in(path)
-        return _open_shards(path, shards) if shards else open_folder(path)
+        found = only_shards(path) or walk(path)
+        if not found.shards:
+            return open_folder(path, found)
+        if found.images:
+            raise ValueError(_mixed(path, found))
+        images = _open_shards(path, sorted(os.path.join(path, shard) for shard in found.shards))
+        if read_manifest(path) is None:
+            images.left_out += found.left_out
+        return images
     if path.name.lower().endswith(LISTS):
+        _check_file(path)
         return open_list(path)
     return _open_shards(path, [str(path)])
 
 
-def _open_shards(path: Path, files: list[str]) -> Images:
+def _mixed(path: Path, found: Found) -> str:
+    shards = min(found.shards)
+    pattern = path / shards.replace(os.path.basename(shards), f"*{Path(shards).suffix}")
+    return plain(
+        f"{path} holds {len(found.shards)} shards, and beside them {min(found.images)}: name the shards by a"
+        f" pattern, as {pattern}, or the images by their folder"
+    )
+
+
+def _open_shards(path: Path, files: list[str], *, named: bool = False) -> Images:
+    """`named`: whether the splits that they are of, if there are several, were called by their names."""
+    for file in files:
+        _check_file(Path(file))
     kinds = {_kind(file) for file in files}
     if len(kinds) > 1:
         raise ValueError(f"want shards of one kind, got {' and '.join(sorted(kinds))} files in {path}")
     full = [os.path.abspath(file) for file in files]
     root = Path(os.path.commonpath([os.path.dirname(file) for file in full]))
     names = [os.path.relpath(file, root) for file in full]
+    if not named:
+        _check_splits(path, root, names)
     if kinds == {".tar"}:
         manifest = read_manifest(root)
         if manifest and not manifest["complete"]:
             raise ValueError(f"{root} is not packed to its end: run the same `fastmim data pack` again")
         return open_tar(path, root, names, manifest["source"]["classes"] if manifest else ())
-    splits = {match[1] for name in names if (match := SPLIT.fullmatch(os.path.basename(name)))}
-    if len(splits) > 1:
-        raise ValueError(
-            f"{path} holds the splits {', '.join(sorted(splits))}: name one, as"
-            f" {root / (min(splits) + '-*.parquet')}"
-        )
     return open_parquet(path, root, names)
+
+
+def _check_file(path: Path) -> None:
+    """ValueError for what would have us wait for ever, or is a folder of a shard's name."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
+        raise ValueError(f"want {ACCEPTED}, got {plain(str(path))}: it is {what}")
+
+
+def _check_splits(path: Path, root: Path, names: Sequence[str]) -> None:
+    """ValueError if shards are of several splits: nobody asked for a test set among what is trained on."""
+    first: dict[str, str] = {}
+    for name in names:
+        first.setdefault(_split(name), name)
+    if len(first) < 2:
+        return
+    # the one to train on as the example; a shard of no split may be the only other
+    name = first.get("train") or first[min(filter(None, first))]
+    folder, last = os.path.split(name)
+    match = OF_MANY.fullmatch(last)
+    start = f"{match[1]}-" if match else re.split(r"\d", Path(last).stem)[0] if not folder else ""
+    example = os.path.join(root, folder, f"{start}*{Path(name).suffix}")
+    said = ", ".join(sorted(filter(None, first))) + (f" and others ({first['']})" if "" in first else "")
+    raise ValueError(
+        plain(
+            f"{path} holds the splits {said}: name one, as {example}, or several in braces, as {{train,test}}"
+        )
+    )
+
+
+def _split(name: str) -> str:
+    """The split that a shard is of by its path; "" if that says nothing."""
+    for split, word in SPLITS.items():
+        if word.search(name.lower()):
+            return split
+    match = OF_MANY.fullmatch(os.path.basename(name))
+    return match[1] if match else ""
 
 
 def _kind(file: str) -> str:
@@ -102,35 +175,38 @@ def _kind(file: str) -> str:
     raise ValueError(f"want {ACCEPTED}, got {file}: it is a file of another format{start}")
 
 
-def _shards_in(path: Path) -> list[str]:
-    """Shards directly in a folder, sorted; none if it is one of images. ValueError if it may be both."""
-    shards: list[str] = []
-    others: list[str] = []
-    with os.scandir(path) as entries:
-        for entry in entries:
-            lower = entry.name.lower()
-            if entry.name.startswith("."):
-                continue
-            if lower.endswith((*SHARDS, *COMPRESSED)) and not entry.is_dir():
-                shards.append(entry.path)
-            elif (not shards or not others) and (lower.endswith(EXTENSIONS) or entry.is_dir()):
-                others.append(entry.name)
-    if shards and others:
-        pattern = path / f"*{Path(min(shards)).suffix}"
-        raise ValueError(
-            f"{path} holds {len(shards)} shards, and beside them {min(others)}: name the shards by a pattern,"
-            f" as {pattern}, or the images by their folder"
-        )
-    return sorted(shards)
-
-
 def _matching(pattern: str) -> Iterator[str]:
-    """Files of a pattern with `{0..9}`, `{a,b}`, `*`, `?`, `[]`. ValueError if one of a range is missing."""
-    for plain in _braces(pattern):
-        found = glob.glob(plain) if glob.has_magic(plain) else [plain]
-        if plain != pattern and not (found and os.path.exists(found[0])):
-            raise ValueError(f"want every shard of {pattern}, got none at {plain}")
-        yield from (file for file in found if os.path.exists(file))
+    """Files of a pattern with `{0..9}`, `{a,b}`, `*`, `?`, `[]`. ValueError if one of a range is missing.
+
+    Names that exist are taken as they are, as far as they do: what is behind them is the pattern.
+    """
+    parts = pattern.split("/")
+    known = max(i for i in range(len(parts)) if not i or os.path.lexists("/".join(parts[:i]) or "/"))
+    folder = "/".join([*parts[:known], ""]) if known else ""
+    rest = "/".join(parts[known:])
+    for plain_rest in _braces(rest):
+        found = list(_existing(folder, plain_rest.split("/")))
+        if plain_rest != rest and not found:
+            raise ValueError(
+                f"want every shard of {plain(pattern)}, got none at {plain(folder + plain_rest)}"
+            )
+        yield from found
+
+
+def _existing(folder: str, parts: Sequence[str]) -> Iterator[str]:
+    """Paths in `folder` that a pattern stands for, part by part."""
+    name, *rest = parts
+    names = [name]
+    if not os.path.lexists(folder + name) and glob.has_magic(name):
+        names = (
+            sorted(fnmatch.filter(os.listdir(folder or "."), name)) if os.path.isdir(folder or ".") else []
+        )
+        names = [n for n in names if not n.startswith(".") or name.startswith(".")]
+    for each in names:
+        if rest:
+            yield from _existing(f"{folder}{each}/", rest)
+        elif os.path.lexists(folder + each):
+            yield folder + each
 
 
 def _braces(pattern: str) -> list[str]:

@@ -2,15 +2,20 @@
 
     sample id  = place in the shards, sorted by path, in the order of each
     label      = the member KEY.cls (a number or a name), KEY being the path up to the first dot of its last
-                 part; else the first-level folder, if no image lies beside these; else none
+                 part, .cls in upper or lower case; else the first-level folder, if no image lies beside
+                 these; else none
+    name       = the path of the member, relative: without "/", "./" and "../" before it
 
 A shard is read once, for where its members are; `SHARD.tar.index` beside it, which `fastmim data pack`
 writes, saves that. A read takes the header before the member with it and compares: bytes of another file that
-came to lie there are an OSError, never an image.
+came to lie there are an OSError, never an image. Hard links are the members that they link to. An archive
+behind the end of another, as `cat a.tar b.tar` makes, is read too. Other members are counted in `left_out`.
 
 Limits   a compressed shard cannot be read in the middle: ValueError. Two images of one key are two samples.
+         Sparse members, whose holes are not stored, and symbolic links are left out.
 """
 
+import codecs
 import errno
 import os
 import tarfile
@@ -24,13 +29,21 @@ from typing import BinaryIO
 
 import numpy as np
 
+from fastmim.data.folder import OF_SYSTEMS
 from fastmim.data.header import EXTENSIONS
-from fastmim.data.images import Images, distinct, labels_by_folder, labels_of
+from fastmim.data.images import Images, check_fetched, distinct, labels_by_folder, labels_of, no_image
 from fastmim.data.index import Index, Names, fresh, pack, save, unpack
+from fastmim.data.left_out import LeftOut
 
 BLOCK = tarfile.BLOCKSIZE
+LABEL = ".cls"
+CHUNK = 1 << 20  # bytes read at once where an archive ends
 OPEN_SHARDS = 256  # files held open, well below the usual limit of 1024
 PLACES = {"offset": np.int64, "size": np.int64, "crc": np.uint32}
+
+
+Shard = tuple[list[str], list[str], dict[str, np.ndarray], LeftOut]  # names, labels ("": none), places
+Member = tuple[str, int, int]  # name, byte where its content starts, bytes of it
 
 
 class _Open:
@@ -77,22 +90,26 @@ def open_tar(path: Path, root: Path, shards: list[str], classes: Sequence[str] =
         names: list[str] = []
         given: list[str] = []
         places = []
+        left_out = LeftOut()
         for i, shard in enumerate(shards):
-            shard_names, shard_labels, arrays = _shard(root / shard)
+            shard_names, shard_labels, arrays, others = _shard(root / shard)
+            left_out += others
             names += shard_names
             given += shard_labels
             places.append({"shard": np.full(len(shard_names), i, np.int32)} | arrays)
         if not names:
-            raise ValueError(
-                f"no image in the tar shards of {path} ({len(shards)}): looked for {' '.join(EXTENSIONS)}"
-            )
+            raise no_image(f"the tar shards of {path} ({len(shards)})", left_out)
         whole = {key: np.concatenate([place[key] for place in places]) for key in places[0]}
         try:
             numbers = labels_by_folder(names) if "" in given else labels_of(given, classes)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        if count := sum(map(bool, given)) if "" in given else 0:
+            left_out.add("label", f"{names[given.index('')]} of {len(given) - count:,}", count=count)
+        if numbers[1] is None:
+            left_out.add_folders(names)
         unique = distinct(names, [shards[i] for i in whole["shard"].tolist()])
-        index = Index("tar", Names.of(unique), *numbers, stamps, whole)
+        index = Index("tar", Names.of(unique), *numbers, stamps, whole, left_out)
         save(path, index, read_ns)
     return TarImages(root, index)
 
@@ -105,8 +122,8 @@ def write_shard_index(names: list[str], labels: list[str], arrays: dict[str, np.
     return pack({"kind": "shard", "size": size}, packed)
 
 
-def _shard(path: Path) -> tuple[list[str], list[str], dict[str, np.ndarray]]:
-    """Names, labels and places of the images of one shard, from the index beside it or its headers."""
+def _shard(path: Path) -> Shard:
+    """What one shard holds, by the index beside it or its headers."""
     try:
         header, arrays = unpack(path.with_name(f"{path.name}.index").read_bytes())
         if header.get("kind") == "shard" and header.get("size") == path.stat().st_size:
@@ -114,30 +131,30 @@ def _shard(path: Path) -> tuple[list[str], list[str], dict[str, np.ndarray]]:
                 list(Names(arrays.pop(f"{k}.blob").data, arrays.pop(f"{k}.ends")))
                 for k in ("names", "labels")
             )
-            return names, labels, arrays
+            return names, labels, arrays, LeftOut()  # it is of our making: there is nothing else in it
     except (OSError, ValueError):
         pass  # none, or not of this shard: the shard itself says
     return index_shard(path)
 
 
-def index_shard(path: Path) -> tuple[list[str], list[str], dict[str, np.ndarray]]:
+def index_shard(path: Path) -> Shard:
     """Names, labels ("" for none) and places of the images of a shard. ValueError if it is no whole tar."""
-    names, labels, places = [], [], []
+    names, labels, places, left_out = [], [], [], LeftOut()
     try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as tar:
-            for _, group in groupby(filter(_counts, tar), key=lambda member: key_of(member.name)):
+        check_fetched(path)
+        with open(path, "rb") as file:
+            for _, group in groupby(_members(file, path, left_out), key=lambda member: key_of(member[0])):
                 members = list(group)
-                images = [member for member in members if not member.name.endswith(".cls")]
-                given = [_text(file, member) for member in members if member.name.endswith(".cls")]
-                if len(given) != len(images):
-                    given = (given[:1] or [""]) * len(images)
-                names += [member.name.removeprefix("./") for member in images]
-                labels += given
-                places += [(m.offset_data, m.size, _crc(file, m.offset_data)) for m in images]
-            file.seek(tar.offset)
-            end = file.read(BLOCK)
-        if end.strip(b"\0") or len(end) < BLOCK:
-            raise tarfile.ReadError(f"no end of archive at byte {tar.offset:,}: truncated or damaged")
+                images = [member for member in members if not _is_label(member[0])]
+                given = [member for member in members if _is_label(member[0])]
+                for name, _, _ in given[max(1, len(images)) if images else 0 :]:
+                    left_out.add("lone", name)
+                texts = [_text(file, member) for member in given]
+                if len(texts) != len(images):
+                    texts = (texts[:1] or [""]) * len(images)
+                names += [name for name, _, _ in images]
+                labels += texts
+                places += [(start, size, _crc(file, start)) for _, start, size in images]
     except tarfile.TarError as error:
         raise ValueError(f"cannot index {path} as a tar: {error}; want an uncompressed tar") from None
     except OSError as error:
@@ -147,12 +164,80 @@ def index_shard(path: Path) -> tuple[list[str], list[str], dict[str, np.ndarray]
         raise ValueError(f"cannot index {path}: it holds {twice} twice")
     columns = zip(*places, strict=True) if places else ((), (), ())
     arrays = {key: np.array(c, dtype) for (key, dtype), c in zip(PLACES.items(), columns, strict=True)}
-    return names, labels, arrays
+    return names, labels, arrays, left_out
 
 
-def _counts(member: tarfile.TarInfo) -> bool:
-    hidden = any(part.startswith(".") for part in member.name.removeprefix("./").split("/"))
-    return member.isreg() and not hidden and member.name.lower().endswith((*EXTENSIONS, ".cls"))
+def _members(file: BinaryIO, path: Path, left_out: LeftOut) -> Iterator[Member]:
+    """Images and labels of the archives of a file, one behind the other; other members are counted."""
+    start: int | None = 0
+    while start is not None:
+        if start and not _is_header(os.pread(file.fileno(), BLOCK, start)):
+            left_out.add("behind", path.name)
+            return
+        file.seek(start)
+        with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as tar:
+            yield from _members_of(tar, left_out)
+            end = tar.offset
+        start = _next_archive(file, end)
+
+
+def _members_of(tar: tarfile.TarFile, left_out: LeftOut) -> Iterator[Member]:
+    known: dict[str, tuple[int, int]] = {}  # where members lie that hard links may link to
+    for member in tar:
+        name = _relative(member.name)
+        parts = name.split("/")
+        target = _relative(member.linkname) if member.islnk() else name
+        hidden = [part for part in parts if part.startswith(".")]
+        system = [part for part in parts[:-1] if part.lower() in OF_SYSTEMS]
+        plain = member.isreg() and not member.issparse()
+        if plain:
+            known[name] = member.offset_data, member.size
+        if member.isdir():
+            continue
+        if hidden:
+            left_out.add_hidden(hidden[0])
+        elif system:
+            left_out.add("system", sort=system[0])
+        elif not name.lower().endswith((*EXTENSIONS, LABEL)):
+            left_out.add_file(name)
+        elif member.issparse():
+            left_out.add("sparse", name)
+        elif member.issym():
+            left_out.add("symbolic", name)
+        elif (plain or member.islnk()) and target in known:
+            yield name, *known[target]
+        else:
+            left_out.add("nowhere" if member.islnk() else "special", name)
+
+
+def _relative(name: str) -> str:
+    return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
+
+
+def _is_header(block: bytes) -> bool:
+    try:
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True
+
+
+def _next_archive(file: BinaryIO, end: int) -> int | None:
+    """Where another archive starts behind one that ends at byte `end`. TarError if that is no end."""
+    file.seek(end)
+    block = file.read(BLOCK)
+    if block.strip(b"\0") or len(block) < BLOCK:
+        raise tarfile.ReadError(f"no end of archive at byte {end:,}: truncated or damaged")
+    place = end + BLOCK
+    while data := file.read(CHUNK):
+        if rest := data.lstrip(b"\0"):
+            return (place + len(data) - len(rest)) // BLOCK * BLOCK
+        place += len(data)
+    return None
+
+
+def _is_label(name: str) -> bool:
+    return name.lower().endswith(LABEL)
 
 
 def key_of(name: str) -> str:
@@ -161,8 +246,9 @@ def key_of(name: str) -> str:
     return folder + slash + last.partition(".")[0]
 
 
-def _text(file: BinaryIO, member: tarfile.TarInfo) -> str:
-    data = os.pread(file.fileno(), member.size, member.offset_data)
+def _text(file: BinaryIO, member: Member) -> str:
+    _, start, size = member
+    data = os.pread(file.fileno(), size, start).removeprefix(codecs.BOM_UTF8)
     return data.decode("utf-8", "surrogateescape").strip()
 
 

@@ -242,6 +242,7 @@ def describe(p: Prepared) -> None:
             f"{model.depth} blocks of width {model.width}, patch {model.patch}, {height} x {width} px",
         ),
         ("data", f"{len(p.images)} images in {p.images.root}, decoder {run.data.decoder}"),
+        *([("left out", str(p.images.left_out))] if p.images.left_out else []),
         *cache_line(p),
         (
             "batch",

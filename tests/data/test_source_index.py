@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastmim.data import find_images, folder, index, tar
+from fastmim.data import find_images, folder, index, source, tar
 from fastmim.data.images import labels_by_folder
 from fastmim.data.index import Index, Names, Stamps, index_file, load, pack, save, unpack
 
@@ -28,11 +28,14 @@ def cache(tmp_path_factory, monkeypatch) -> Path:
 def made(monkeypatch) -> list[str]:
     """What was indexed anew."""
     calls: list[str] = []
-    for module, name in ((folder, "_walk"), (folder, "_parse"), (tar, "index_shard")):
+    for module, name in ((source, "walk"), (folder, "_parse"), (tar, "index_shard")):
         real = getattr(module, name)
-        monkeypatch.setattr(
-            module, name, lambda path, real=real: (calls.append(Path(path).name), real(path))[1]
-        )
+
+        def noted(path, *more, real=real):
+            calls.append(Path(path).name)
+            return real(path, *more)
+
+        monkeypatch.setattr(module, name, noted)
     return calls
 
 
@@ -226,7 +229,7 @@ def test_ranks_that_write_at_once(tmp_path, cache):
 
 def test_the_index_beside_a_shard_is_used_only_if_it_is_of_that_shard(tmp_path, made):
     path = write_tar(tmp_path / "x.tar", PICTURES.items())
-    names, labels, arrays = tar.index_shard(path)
+    names, labels, arrays, _ = tar.index_shard(path)
     made.clear()
     beside = path.with_name("x.tar.index")
     beside.write_bytes(tar.write_shard_index(names, labels, arrays, path.stat().st_size))

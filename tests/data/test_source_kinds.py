@@ -346,7 +346,9 @@ def test_splits_of_a_hub_are_not_mixed(tmp_path):
     pytest.importorskip("pyarrow")
     for split in ("train", "test"):
         write_parquet(tmp_path / f"{split}-00000-of-00001.parquet", {f"{split}.jpg": b"A"})
-    with pytest.raises(ValueError, match=r"holds the splits test, train: name one, as .*test-\*.parquet"):
+    with pytest.raises(
+        ValueError, match=r"holds the splits test, train: name one, as .*train-\*.parquet, or several"
+    ):
         find_images(tmp_path)
     assert find_images(tmp_path / "train-*.parquet").names == ["train.jpg"]
 
