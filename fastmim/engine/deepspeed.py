@@ -69,8 +69,9 @@ def meet(backend: str) -> None:
 def deepspeed_dictionary(run: Run, plan: Plan) -> dict[str, Any]:
     """DeepSpeed's configuration, whole: what is not written here changes with its versions."""
     bf16 = plan.precision == "bf16"
-    # fp32 sums of micro-batch gradients exist in ZeRO 1 only
-    accumulate_in_fp32 = not bf16 or (run.zero == 1 and run.accumulate > 1)
+    # fp32 sums of micro-batch gradients exist in ZeRO 1 only, where DeepSpeed then has another optimizer
+    sums_in_fp32 = bf16 and run.zero == 1 and run.accumulate > 1
+    alone = plan.world == 1  # nothing to reduce: gradients stay where autograd has put them
     dictionary: dict[str, Any] = {
         "train_batch_size": run.batch,
         "train_micro_batch_size_per_gpu": plan.micro_batch,
@@ -80,13 +81,16 @@ def deepspeed_dictionary(run: Run, plan: Plan) -> dict[str, Any]:
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": bf16},
+        # a search of every gradient, with a wait, after which the step is left out in silence: `Finite` looks
+        "bf16": {"enabled": bf16, "check_grad_overflow": False},
         "fp16": {"enabled": False},
-        "data_types": {"grad_accum_dtype": "fp32" if accumulate_in_fp32 else "bf16"},
+        "data_types": {"grad_accum_dtype": "bf16" if bf16 and not sums_in_fp32 else "fp32"},
+        "timers": {"throughput": {"enabled": False, "synchronized": False}},  # it waits for the device
         "zero_optimization": {
             "stage": run.zero,
-            "contiguous_gradients": True,
-            "reduce_scatter": True,
+            "compute_grad_norm": needs_gradient_norm(run, sums_in_fp32),
+            "contiguous_gradients": not alone,
+            "reduce_scatter": not alone,
             "reduce_bucket_size": 200_000_000,
             "allgather_partitions": True,
             "allgather_bucket_size": 200_000_000,
@@ -108,6 +112,11 @@ def deepspeed_dictionary(run: Run, plan: Plan) -> dict[str, Any]:
             "params": {"lr": 0.0, "betas": list(o.betas), "eps": o.eps, "weight_decay": o.weight_decay},
         }
     return dictionary
+
+
+def needs_gradient_norm(run: Run, sums_in_fp32: bool) -> bool:
+    """Whether clipping reads the norm of the gradients, or DeepSpeed does not go without it."""
+    return run.optim.clip > 0 or run.zero not in (1, 2) or sums_in_fp32
 
 
 def wrap(method: Method, run: Run, plan: Plan) -> deepspeed.DeepSpeedEngine:
