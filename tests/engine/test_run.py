@@ -74,10 +74,35 @@ def test_dictionary_for_deepspeed_is_whole(images, tmp_path):
     written = deepspeed_dictionary(run, plan)
     assert written["gradient_clipping"] == 0.0  # DeepSpeed's own default is 1.0
     assert written["zero_optimization"]["stage"] == 1
-    assert written["bf16"] == {"enabled": False}
+    assert written["bf16"]["enabled"] is False
     cuda = make_plan(run, images_of(run), world=4, device="cuda")
     assert (cuda.precision, cuda.micro_batch) == ("bf16", 2)
-    assert deepspeed_dictionary(run, cuda)["bf16"] == {"enabled": True}
+    assert deepspeed_dictionary(run, cuda)["bf16"] == {"enabled": True, "check_grad_overflow": False}
+
+
+@pytest.mark.parametrize(
+    ("zero", "changes", "world", "norm", "buckets"),
+    [
+        (1, {}, 1, False, False),
+        (2, {}, 2, False, True),
+        (1, {"accumulate": 2}, 1, True, False),  # DeepSpeed's BF16_Optimizer takes the norm in any case
+        (2, {"accumulate": 2}, 1, False, False),
+        (0, {}, 2, True, True),  # ZeRO 0 and 3 refuse to go without
+        (3, {}, 1, True, False),
+        (1, {"clip": 1.0}, 1, True, False),
+    ],
+)
+def test_deepspeed_does_nothing_that_nobody_asked_for(images, tmp_path, zero, changes, world, norm, buckets):
+    """No search for overflow, no norm, no timer that waits, no buckets with nobody to send them to."""
+    run = tiny_run(images, tmp_path, zero=zero, precision="bf16", accumulate=changes.get("accumulate", 1))
+    run = replace(run, optim=replace(run.optim, clip=changes.get("clip", 0.0)))
+    plan = make_plan(run, images_of(run), world=world, device="cpu")
+    written = deepspeed_dictionary(run, plan)
+    stage = written["zero_optimization"]
+    assert written["timers"] == {"throughput": {"enabled": False, "synchronized": False}}
+    assert written["bf16"] == {"enabled": True, "check_grad_overflow": False}
+    assert stage["compute_grad_norm"] is norm
+    assert stage["contiguous_gradients"] is stage["reduce_scatter"] is buckets
 
 
 @pytest.mark.parametrize(
