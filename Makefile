@@ -4,22 +4,25 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+CUDA_VENV := .venv-cuda
+CUDA_READY := $(CUDA_VENV)/.ready
 ARGS ?=
 
-.PHONY: help setup train test test-long bench compile-ahead mutants lint format golden pins clean
+.PHONY: help setup train test test-long bench null-gpu compile-ahead mutants lint format golden pins clean
 
 help:
 	@echo "make train   install into $(VENV) and train R-MAE on the embedded sample set (ARGS='--steps 50' adds flags)"
 	@echo "make test    install into $(VENV) and run all tests (ARGS='-k rmae' selects, ARGS='-n 0 -s' shows what they print)"
 	@echo "make test-long  the tests that take minutes each: teachers on four ranks, more kills, more launches"
 	@echo "make bench   everything that is measured on a GPU, in 8 minutes (ARGS='--quick' in 2, ARGS='--rehearse' on a CPU)"
+	@echo "make null-gpu  the host side of GPU runs on a CUDA device that runs nothing (ARGS='--record' pins its counts anew)"
 	@echo "make compile-ahead  compile every kernel in every configuration for sm_80, 90, 100, without a GPU (minutes)"
 	@echo "make mutants plant every listed fault: each must turn a test red (an hour; ARGS='ema losses' takes these groups)"
 	@echo "make lint    ruff, import contracts, mypy"
 	@echo "make format  ruff format and the fixes it knows"
 	@echo "make golden  record the golden losses anew, after a change that is meant to change results"
 	@echo "make pins    write constraints.txt from what is installed"
-	@echo "make clean   remove $(VENV) and caches"
+	@echo "make clean   remove $(VENV), $(CUDA_VENV) and caches"
 
 setup: $(READY)
 
@@ -50,6 +53,17 @@ test-long: alive
 bench: alive
 	$(BIN)/python benchmarks/gpu_round.py $(ARGS)
 
+# Apart from $(VENV): a CUDA build of torch is 5 GB, and its tests need no GPU. Where it cannot be had they are skipped.
+$(CUDA_READY): tests/null_gpu/requirements.txt
+	@$(CUDA_VENV)/bin/python -m pip --version >/dev/null 2>&1 || { rm -rf $(CUDA_VENV)/* && $(PYTHON) -m venv $(CUDA_VENV); }
+	$(CUDA_VENV)/bin/python -m pip install -q -r $<
+	@touch $@
+
+null-gpu:
+	@$(MAKE) --no-print-directory $(CUDA_READY) || \
+	  { echo "null-gpu skipped: $(CUDA_VENV) has no CUDA build of torch, and it could not be installed (see above)"; exit 0; }; \
+	  FASTMIM_NULL_GPU=1 $(CUDA_VENV)/bin/python -m pytest tests/null_gpu $(ARGS)
+
 compile-ahead: alive
 	FASTMIM_COMPILE_ALL=1 $(BIN)/python -m pytest tests/ops/test_compile_ahead.py
 
@@ -75,4 +89,4 @@ pins: alive
 	@mv constraints.new constraints.txt
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(CUDA_VENV) build/null_gpu .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
