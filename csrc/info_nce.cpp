@@ -14,6 +14,7 @@
 #include <torch/library.h>
 
 #include <cmath>
+#include <optional>
 #include <tuple>
 
 #include "rows.h"
@@ -166,12 +167,28 @@ void for_blocks(const at::Tensor& q, const at::Tensor& k, bool normalize, const 
   }
 }
 
+// The key that is the positive of a row: its own row from `offset` on, or what `labels` [B, N] names.
+struct Labels {
+  Labels(const std::optional<at::Tensor>& given, int64_t offset, int64_t N)
+      : kept(given ? given->contiguous() : at::Tensor()), offset(offset), N(N) {
+    if (given) named = kept.const_data_ptr<int64_t>();
+  }
+
+  int64_t of(int64_t b, int64_t n) const { return named ? named[b * N + n] : b + offset; }
+
+  at::Tensor kept;
+  const int64_t* named = nullptr;
+  int64_t offset, N;
+};
+
 std::tuple<at::Tensor, at::Tensor> info_nce(const at::Tensor& q, const at::Tensor& k, double temperature,
-                                            int64_t offset, bool normalize) {
+                                            int64_t offset, bool normalize,
+                                            const std::optional<at::Tensor>& given) {
   const int64_t B = q.size(0), N = q.size(1), G = k.size(0), block = block_rows(G);
   const float tau = static_cast<float>(temperature);
   at::Tensor loss = at::empty({B, N}, q.options().dtype(at::kFloat)), lse = at::empty_like(loss);
   float *losses = loss.mutable_data_ptr<float>(), *sums = lse.mutable_data_ptr<float>();
+  const Labels labels(given, offset, N);
   for_blocks(q, k, normalize, [&] {
     return [&, logits = at::empty({std::min(block, B), G}, loss.options())](int64_t n, int64_t b,
                                                                           const at::Tensor& keys) {
@@ -181,7 +198,7 @@ std::tuple<at::Tensor, at::Tensor> info_nce(const at::Tensor& q, const at::Tenso
       float* row = s.mutable_data_ptr<float>();
       for (int64_t i = 0; i < s.size(0); ++i, row += G) {
         const float top = scale_and_max(row, queries.per_norm(i), tau, G);
-        const float positive = row[b + i + offset];
+        const float positive = row[labels.of(b + i, n)];
         const float total = std::log(exp_and_sum(row, top, G)) + top;
         losses[(b + i) * N + n] = total - positive;
         sums[(b + i) * N + n] = total;
@@ -193,17 +210,18 @@ std::tuple<at::Tensor, at::Tensor> info_nce(const at::Tensor& q, const at::Tenso
 
 // The rows of logits of one block, made again, become w; what goes along each query comes beside them.
 void weights(at::Tensor& w, const Rows& queries, const at::Tensor& keys, const float* slope, const float* lse,
-             int64_t step, int64_t label, float tau, float* along) {
+             const Labels& labels, int64_t b, int64_t n, float tau, float* along) {
   const int64_t G = keys.size(0);
   at::mm_out(w, queries.rows, keys.t());
   float* row = w.mutable_data_ptr<float>();
   for (int64_t i = 0; i < w.size(0); ++i, row += G) {
-    const float per_norm = queries.per_norm(i), g = slope[i * step];
+    const int64_t at = (b + i) * labels.N + n, label = labels.of(b + i, n);
+    const float per_norm = queries.per_norm(i), g = slope[at];
     scale_and_max(row, per_norm, tau, G);
-    const float positive = row[label + i];
+    const float positive = row[label];
     float inner;
-    exp_and_sum(row, lse[i * step], G, &inner);
-    row[label + i] -= 1.0f;
+    exp_and_sum(row, lse[at], G, &inner);
+    row[label] -= 1.0f;
     along[i] = g * (inner - positive) * per_norm * per_norm;
     const float factor = g / tau * per_norm;
     for (int64_t j = 0; j < G; ++j) row[j] *= factor;
@@ -213,7 +231,8 @@ void weights(at::Tensor& w, const Rows& queries, const at::Tensor& keys, const f
 std::tuple<at::Tensor, at::Tensor> info_nce_backward(const at::Tensor& dloss, const at::Tensor& q,
                                                      const at::Tensor& k, const at::Tensor& lse,
                                                      double temperature, int64_t offset, bool normalize,
-                                                     bool need_q, bool need_k) {
+                                                     bool need_q, bool need_k,
+                                                     const std::optional<at::Tensor>& given) {
   const int64_t B = q.size(0), N = q.size(1), G = k.size(0), D = q.size(2), block = block_rows(G);
   TORCH_CHECK(!need_k || N >= at::get_num_threads(), "the keys of one position are one thread's");
   const float tau = static_cast<float>(temperature);
@@ -223,6 +242,7 @@ std::tuple<at::Tensor, at::Tensor> info_nce_backward(const at::Tensor& dloss, co
   at::Tensor dk = at::empty({need_k ? G : 0, N, D}, k.options().memory_format(at::MemoryFormat::Contiguous));
   const auto fp32 = q.options().dtype(at::kFloat);
   if (need_k && B == 0) dk.zero_();
+  const Labels labels(given, offset, N);
   for_blocks(q, k, normalize, [&] {
     const int64_t most = std::min(block, B);
     return [&, logits = at::empty({most, G}, fp32), products = at::empty({need_q ? most : 0, D}, fp32),
@@ -231,7 +251,7 @@ std::tuple<at::Tensor, at::Tensor> info_nce_backward(const at::Tensor& dloss, co
       const Rows queries(q, n, b, std::min(b + block, B), normalize);
       const int64_t count = queries.rows.size(0);
       at::Tensor w = logits.narrow(0, 0, count);
-      weights(w, queries, keys, slope + b * N + n, sums + b * N + n, N, b + offset, tau, along.data());
+      weights(w, queries, keys, slope, sums, labels, b, n, tau, along.data());
       if (need_k) {
         at::addmm_out(dkeys, dkeys, w.t(), queries.rows, b == 0 ? 0 : 1);
         if (b + block >= B) write_keys(dkeys, Rows(k, n, 0, G, normalize), keys, normalize, dk, n);

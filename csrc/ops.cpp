@@ -29,6 +29,6 @@ TORCH_LIBRARY_FRAGMENT(fastmim, m) {
   m.def("native_color_blur(Tensor images, Tensor boxes, Tensor solarise) -> Tensor");
 
   // info_nce.cpp
-  m.def("native_info_nce(Tensor q, Tensor k, float temperature, int label_offset, bool normalize) -> (Tensor, Tensor)");
-  m.def("native_info_nce_backward(Tensor dloss, Tensor q, Tensor k, Tensor lse, float temperature, int label_offset, bool normalize, bool need_q, bool need_k) -> (Tensor, Tensor)");
+  m.def("native_info_nce(Tensor q, Tensor k, float temperature, int label_offset, bool normalize, Tensor? labels=None) -> (Tensor, Tensor)");
+  m.def("native_info_nce_backward(Tensor dloss, Tensor q, Tensor k, Tensor lse, float temperature, int label_offset, bool normalize, bool need_q, bool need_k, Tensor? labels=None) -> (Tensor, Tensor)");
 }

@@ -22,7 +22,8 @@ Left open by the paper, and why it is as it is here:
         loss_scale       the 2 tau of MoCo v3 is not in Eq. 9.
         loss=byol        2 - 2 cos, mean over tokens, heads and averages as they are.
         cutmix           T1 sees mixed images and T2 clean ones; the positive of a patch is the key of the
-                         image that it came from. A box has whole patches.
+                         image that it came from, the candidates are what they are without. A box has whole
+                         patches.
         freeze_patch_embed   MoCo v3 freezes it; not said here.
 Shapes  B images of this rank, T compared tokens: N patches, 1 + N with the class token, 1 for whole images.
 """
@@ -40,11 +41,11 @@ from fastmim_kernels.info_nce import MAX_D
 from torch import Tensor, nn
 
 from fastmim.methods.base import Method, MethodConfig, Output
-from fastmim.methods.cmae_loss import Distance, Negatives, compare_tokens
+from fastmim.methods.cmae_loss import Distance, Keys, Negatives, compare_tokens
 from fastmim.methods.health import collapse, health
 from fastmim.methods.mae import check_ratio, num_seen_checked
 from fastmim.methods.rmae import SECOND_DRAW
-from fastmim.models.cutmix import cutmix_mask, mix_patches, partners
+from fastmim.models.cutmix import cutmix_mask, mix_patches
 from fastmim.models.heads import Head, Norm
 from fastmim.models.vit import Encoder, ViTConfig
 from fastmim.views import C_MAE, Batch, View
@@ -253,29 +254,27 @@ class CMAE(Method):
         self, keys_B: Tensor, online_BHWC: Tensor, online_BK: Tensor, target_BHWC: Tensor, target_BK: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one image in each branch, and the patches that each may see."""
-        foreign_BT1 = None
+        foreign_BN = None
         if self.config.cutmix:
             foreign_BN = cutmix_mask(keys_B, self.model.grid)
             online_BHWC = mix_patches(online_BHWC, foreign_BN, self.model.patch)
-            foreign_BT1 = foreign_BN[..., None]
         x_BLD = self.compared(self.encoder(online_BHWC, online_BK))
         q_BTD = self.placed(self.predictor(self.projector(x_BLD)), online_BK)
         with torch.no_grad():
             x_BLD = self.compared(self.target_encoder(target_BHWC, target_BK))
             k_BTD = self.placed(self.target_projector(x_BLD), target_BK).to(q_BTD.dtype)
             present_BT = None if self.has_every_token(target_BK) else self.shown(target_BK)
-            if foreign_BT1 is not None:  # the positive of a patch is the key of the image it is from
-                k_BTD = torch.where(foreign_BT1, partners(k_BTD), k_BTD)
-                if present_BT is not None:
-                    present_BT = torch.where(foreign_BT1[..., 0], partners(present_BT), present_BT)
-            weight_BT = self.weight(online_BK, present_BT)
+            keys = Keys(k_BTD, present_BT, foreign_BN)
+            weight_BT = self.weight(online_BK, keys.positive_present_BT())
         c = self.config
         if c.loss == "info_nce" and c.negatives != "image":
             check_others(len(keys_B) * self.peers.world)
         loss, metrics = compare_tokens(
-            q_BTD, k_BTD, self.peers, present_BT, weight_BT, distance=c.loss, negatives=c.negatives,
+            q_BTD, keys, self.peers, weight_BT, distance=c.loss, negatives=c.negatives,
             temperature=c.temperature, scale=2 * c.temperature if c.loss_scale == "2tau" else 1.0,
         )  # fmt: skip
+        if foreign_BN is not None:  # the numbers are of tokens and keys of one image
+            weight_BT = ~foreign_BN if weight_BT is None else weight_BT * ~foreign_BN
         return loss, metrics | health(q_BTD, k_BTD, weight_BT)
 
     def compared(self, z_BSD: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from fastmim_kernels import split_patches, split_patches_grouped
 from torch import Tensor, nn
 
 from fastmim.methods.base import Method, MethodConfig, Output, Reconstruction
-from fastmim.methods.cmae_loss import compare_tokens
+from fastmim.methods.cmae_loss import Keys, compare_tokens
 from fastmim.methods.health import collapse, health
 from fastmim.methods.mae import check_ratio, num_seen_checked, pixel_loss
 from fastmim.models.heads import Head
@@ -143,7 +143,7 @@ class CMAEHuang(Method):
         q_BE = self.predictor(self.projector(y_BD))
         k_BE = self.target(target_BHWC, batch.keys_B).to(q_BE.dtype)
         contrast, metrics = compare_tokens(
-            q_BE[:, None], k_BE[:, None], self.peers, None, None, distance=c.loss, negatives="batch",
+            q_BE[:, None], Keys(k_BE[:, None]), self.peers, None, distance=c.loss, negatives="batch",
             temperature=c.temperature, scale=2 * c.temperature if c.loss_scale == "2tau" else 1.0,
         )  # fmt: skip
         metrics |= {"pixels": pixels.detach(), "contrast": contrast.detach()}

@@ -8,6 +8,9 @@
 
 Candidates j  batch: the tokens at position t of all images on all ranks; image: all positions of image b;
               all: both. T positions, G images on all ranks: n = G, T, G T.
+CutMix        Which key is the positive changes, and nothing else: where the patch of a query came from the
+              partner of its image, it is the partner's key at that position. The candidates stay the keys of
+              all images, each once. With `image` they are those of the mixed image, a key per position.
 Absent keys   Where a token was dropped by the encoder there is no key. Its row is zero, so the kernel counts
               it as exp(0) = 1: with m of them, log Sum over the others = lse + log(1 - m exp(-lse)).
 Limits        1 - m exp(-lse) is a difference in fp32: below a temperature of 0.1 it loses digits for queries
@@ -15,7 +18,7 @@ Limits        1 - m exp(-lse) is a difference in fp32: below a temperature of 0.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +26,7 @@ from fastmim_kernels import info_nce
 from torch import Tensor
 
 from fastmim.methods.base import Peers
+from fastmim.models.cutmix import from_partners
 
 Distance = Literal["info_nce", "byol", "negative_cosine"]
 Negatives = Literal["batch", "image", "all"]
@@ -31,9 +35,8 @@ TINY = 1e-7  # what is left of a sum when all of it was absent: finite, and of w
 
 def compare_tokens(
     q_BTD: Tensor,
-    k_BTD: Tensor,
+    keys: "Keys",
     peers: Peers,
-    present_BT: Tensor | None,
     weight_BT: Tensor | None,
     *,
     distance: Distance,
@@ -47,23 +50,53 @@ def compare_tokens(
     `scale` are those of info_nce.
     """
     if distance == "info_nce":
-        scored = token_info_nce(
-            q_BTD, k_BTD, peers, negatives=negatives, temperature=temperature, present_BT=present_BT
-        )
+        scored = token_info_nce(q_BTD, keys, peers, negatives=negatives, temperature=temperature)
         chance_BT, floor_BT = info_nce_range(scored.num_BT, temperature)
         rows = [x * scale for x in (scored.loss_BT, chance_BT, floor_BT)]
     else:
         a, b = (2.0, 2.0) if distance == "byol" else (0.0, 1.0)
-        loss_BT = a - b * cosine(q_BTD, k_BTD)
+        loss_BT = a - b * cosine(q_BTD, keys.positive_BTD())
         rows = [loss_BT, torch.full_like(loss_BT, a), torch.full_like(loss_BT, a - b)]
     if weight_BT is None:
         loss, chance, floor = (x.mean() for x in rows)
     else:
         total = weight_BT.sum()
-        if present_BT is not None:  # then ranks differ in how many tokens they score
+        if keys.present_BT is not None:  # then ranks differ in how many tokens they score
             total = peers.gather_rows(total[None]).sum() / peers.world
         loss, chance, floor = ((x * weight_BT).sum() / total.clamp(min=1) for x in rows)
     return loss, {"loss_chance": chance.detach(), "loss_floor": floor.detach()}
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys of this rank's images, and which of them is the positive of a query."""
+
+    k_BTD: Tensor
+    present_BT: Tensor | None = None
+    """1 where there is a key and 0 where its row is zero; None: everywhere"""
+    foreign_BT: Tensor | None = None
+    """True where the positive of q[b, t] is the key of image b's partner, not k[b, t]; None: nowhere"""
+
+    def positive_BTD(self) -> Tensor:
+        """The positive of each query."""
+        return self.k_BTD if self.foreign_BT is None else from_partners(self.k_BTD, self.foreign_BT)
+
+    def positive_present_BT(self) -> Tensor | None:
+        """1 where a query has a positive."""
+        if self.present_BT is None or self.foreign_BT is None:
+            return self.present_BT
+        return from_partners(self.present_BT, self.foreign_BT)
+
+    def mixed(self) -> "Keys":
+        """The keys of the mixed images: each position has that of the image its patch came from."""
+        return Keys(self.positive_BTD(), self.positive_present_BT())
+
+    def images_BT(self) -> Tensor | None:
+        """The image of this rank, 0 to B - 1, that has the positive of each query; None: its own."""
+        if self.foreign_BT is None:
+            return None
+        own_BT = torch.arange(len(self.k_BTD), device=self.k_BTD.device)[:, None].expand_as(self.foreign_BT)
+        return from_partners(own_BT, self.foreign_BT)
 
 
 @dataclass(frozen=True)
@@ -80,35 +113,37 @@ def cosine(q_BTD: Tensor, k_BTD: Tensor) -> Tensor:
 
 
 def token_info_nce(
-    q_BTD: Tensor,
-    k_BTD: Tensor,
-    peers: Peers,
-    *,
-    negatives: Negatives,
-    temperature: float,
-    present_BT: Tensor | None = None,
+    q_BTD: Tensor, keys: Keys, peers: Peers, *, negatives: Negatives, temperature: float
 ) -> Scored:
-    """InfoNCE of every query; the positive of q[b, t] is k[b, t]. Differentiable in q.
-
-    `present_BT` is 1 where k has a key and 0 where its row is zero (None: everywhere).
-    """
+    """InfoNCE of every query against the keys of this rank's images and the others'. Differentiable in q."""
     B, T, _ = q_BTD.shape
     if negatives == "image":
-        loss_TB, _ = info_nce(q_BTD.transpose(0, 1), k_BTD.transpose(0, 1), temperature=temperature)
+        keys = keys.mixed()
+        loss_TB, _ = info_nce(q_BTD.transpose(0, 1), keys.k_BTD.transpose(0, 1), temperature=temperature)
         loss_BT, num = loss_TB.T, T
     elif negatives == "batch":
-        k_GTD = peers.gather_rows(k_BTD)
-        loss_BT, _ = info_nce(q_BTD, k_GTD, temperature=temperature, label_offset=peers.rank * B)
+        k_GTD = peers.gather_rows(keys.k_BTD)
+        named = labelled(keys.images_BT(), peers.rank * B)
+        loss_BT, _ = info_nce(q_BTD, k_GTD, temperature=temperature, **named)
         num = len(k_GTD)
     else:
-        k_MD = peers.gather_rows(k_BTD).flatten(0, 1)
-        offset = peers.rank * B * T
-        loss_M, _ = info_nce(q_BTD.flatten(0, 1), k_MD, temperature=temperature, label_offset=offset)
+        k_MD = peers.gather_rows(keys.k_BTD).flatten(0, 1)
+        image_BT = keys.images_BT()
+        if image_BT is not None:
+            image_BT = (image_BT * T + torch.arange(T, device=image_BT.device)).flatten()
+        named = labelled(image_BT, peers.rank * B * T)
+        loss_M, _ = info_nce(q_BTD.flatten(0, 1), k_MD, temperature=temperature, **named)
         loss_BT, num = loss_M.view(B, T), len(k_MD)
-    if present_BT is None:
+    if keys.present_BT is None:
         return Scored(loss_BT, loss_BT.new_full((1, 1), num).expand(B, T))
-    there_BT = candidates(present_BT, peers, negatives)
-    return Scored(without_absent(loss_BT, cosine(q_BTD, k_BTD) / temperature, num - there_BT), there_BT)
+    there_BT = candidates(keys.present_BT, peers, negatives)
+    positive_BT = cosine(q_BTD, keys.positive_BTD()) / temperature
+    return Scored(without_absent(loss_BT, positive_BT, num - there_BT), there_BT)
+
+
+def labelled(own: Tensor | None, offset: int) -> dict[str, Any]:
+    """How info_nce is told of the positives: rows of this rank, which begin at `offset`, or each its own."""
+    return {"label_offset": offset} if own is None else {"labels": own + offset}
 
 
 def candidates(present_BT: Tensor, peers: Peers, negatives: Negatives) -> Tensor:

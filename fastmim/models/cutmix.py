@@ -41,6 +41,11 @@ def partners(x_B: Tensor) -> Tensor:
     return x_B.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
+def from_partners(x_BT: Tensor, foreign_BT: Tensor) -> Tensor:
+    """`[B, T]` or `[B, T, D]` with the rows of the partners where `foreign_BT` says so."""
+    return torch.where(foreign_BT.view(*foreign_BT.shape, *[1] * (x_BT.ndim - 2)), partners(x_BT), x_BT)
+
+
 def mix_patches(image_BHWC: Tensor, foreign_BN: Tensor, patch: int) -> Tensor:
     """The images, with the patches of their partners where `foreign_BN` says so. `[B, H, W, C]`."""
     B, H, W, _ = image_BHWC.shape

@@ -53,7 +53,7 @@ def _norm_kernel(
 
 @triton.jit
 def _forward_kernel(
-    q_ptr, k_ptr, norm_ptr, loss_ptr, lse_ptr, rate_ptr, pull_ptr, B, G, N,
+    q_ptr, k_ptr, label_ptr, norm_ptr, loss_ptr, lse_ptr, rate_ptr, pull_ptr, B, G, N,
     q_stride_b, q_stride_n, k_stride_g, k_stride_n, offset, temperature,
     NORMALIZE: tl.constexpr, NEED_PULL: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
     CHUNKS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
@@ -64,6 +64,8 @@ def _forward_kernel(
     b = (tl.program_id(0) % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = b < B
     label = b + offset
+    if label_ptr is not None:
+        label = tl.load(label_ptr + b * N + n, mask=inside, other=0)
     q_ptr += n * q_stride_n
     k_ptr += n * k_stride_n
 
@@ -144,7 +146,7 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_keys_kernel(
-    dloss_ptr, q_ptr, k_ptr, q_norm_ptr, norm_ptr, lse_ptr, rate_ptr, dk_ptr, B, G, N,
+    dloss_ptr, q_ptr, k_ptr, label_ptr, q_norm_ptr, norm_ptr, lse_ptr, rate_ptr, dk_ptr, B, G, N,
     q_stride_b, q_stride_n, k_stride_g, k_stride_n, offset, temperature,
     NORMALIZE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
     CHUNKS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
@@ -181,7 +183,10 @@ def _backward_keys_kernel(
         lse = tl.load(lse_ptr + at, mask=exist, other=0.0) * LOG2E
         rate = tl.load(rate_ptr + at, mask=exist, other=0.0)
         own = -rate / per_norm * temperature  # p_pos - 1
-        weight = tl.where(g[:, None] == (b + offset)[None, :], own[None, :], tl.exp2(logit - lse[None, :]))
+        label = b + offset
+        if label_ptr is not None:
+            label = tl.load(label_ptr + at, mask=exist, other=0)
+        weight = tl.where(g[:, None] == label[None, :], own[None, :], tl.exp2(logit - lse[None, :]))
         dloss = tl.load(dloss_ptr + at, mask=exist, other=0.0)
         weight *= dloss[None, :]  # zero for a query that does not exist
         along += tl.sum(weight * logit, axis=1)
@@ -232,8 +237,9 @@ def row_norms(x: Tensor) -> Tensor:
 
 
 def launch_forward(
-    q: Tensor, k: Tensor, temperature: float, offset: int, normalize: bool, need_pull: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, temperature: float, offset: int, normalize: bool, need_pull: bool,
+    labels: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss, log-sum-exp, rate, pull (no rows where not needed) and the norms of the keys.
 
     The gradient of a query is dloss * rate * pull.
@@ -245,7 +251,8 @@ def launch_forward(
     t = tile(D, q.dtype)
     if loss.numel():
         _forward_kernel[(triton.cdiv(B, t["ROWS"]) * N,)](
-            q, k, norm, loss, lse, rate, pull, B, G, N, *q.stride()[:2], *k.stride()[:2], offset, temperature,
+            q, k, None if labels is None else labels.contiguous(), norm, loss, lse, rate, pull, B, G, N,
+            *q.stride()[:2], *k.stride()[:2], offset, temperature,
             NORMALIZE=normalize, NEED_PULL=need_pull, D=D, **t,
         )  # fmt: skip
     return loss, lse, rate, pull, norm
@@ -253,7 +260,7 @@ def launch_forward(
 
 def launch_backward_keys(
     dloss: Tensor, q: Tensor, k: Tensor, lse: Tensor, rate: Tensor, norm: Tensor,
-    temperature: float, offset: int, normalize: bool,
+    temperature: float, offset: int, normalize: bool, labels: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The gradient of the keys from what the forward left; zero for a key that nobody met."""
     (B, N, D), G = q.shape, k.shape[0]
@@ -261,7 +268,8 @@ def launch_backward_keys(
     t = tile(D, q.dtype)
     if dk.numel():
         _backward_keys_kernel[(triton.cdiv(G, t["KEYS"]) * N,)](
-            dloss.contiguous(), q, k, row_norms(q if normalize else q[:0]), norm, lse, rate, dk, B, G, N,
+            dloss.contiguous(), q, k, None if labels is None else labels.contiguous(),
+            row_norms(q if normalize else q[:0]), norm, lse, rate, dk, B, G, N,
             *q.stride()[:2], *k.stride()[:2], offset, temperature,
             NORMALIZE=normalize, D=D, PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **t,
         )  # fmt: skip

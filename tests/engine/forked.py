@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from fastmim.engine.ranks import Ranks
 
-TIMEOUT_S = 60  # of a child, and of a collective that waits for a killed rank
+TIMEOUT_S = 600  # a busy machine is ten times as slow as an idle one
 
 
 class Child:

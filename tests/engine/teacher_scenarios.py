@@ -201,7 +201,7 @@ def shard_more_than_biases() -> None:
 
 
 def all_cases(ranks: Ranks) -> list[dict]:
-    signal.alarm(240)
+    signal.alarm(900)
     shard_more_than_biases()
     door.start_process_group("cpu")
     return [train(case, ranks) for case in RANKS[ranks.world]]
@@ -230,7 +230,7 @@ def siamese_run(images: Path, folder: Path, **changes) -> Run:
 
 
 def all_resumed(images: Path, folder: Path) -> None:
-    signal.alarm(240)
+    signal.alarm(900)
     shard_more_than_biases()
     for zero, precision in STOPPED:
         make = partial(siamese_run, precision=precision)

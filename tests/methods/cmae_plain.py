@@ -66,36 +66,42 @@ def one_way(cmae, w, online, seen_q: Tensor, target, seen_k: Tensor, foreign_BN:
     queries = tokens(online, visible_q, w, cmae, "encoder", ["projector", "predictor"])
     keys = tokens(target, visible_k, w, cmae, "target_encoder", ["target_projector"])
     keys = {at: k.detach() for at, k in keys.items()}
-    if foreign_BN is not None:
-        foreign = {tuple(at) for at in foreign_BN.nonzero().tolist()}
-        places = [(b, t) for b in range(len(online)) for t in range(N)]
-        sources = {(b, t): ((b ^ 1, t) if (b, t) in foreign else (b, t)) for b, t in places}
-        keys = {at: keys[source] for at, source in sources.items() if source in keys}
+    foreign = set() if foreign_BN is None else {tuple(at) for at in foreign_BN.nonzero().tolist()}
     losses = []
     for (b, t), q in queries.items():
-        if (b, t) not in keys:
+        positive = (b ^ 1, t) if (b, t) in foreign else (b, t)
+        if positive not in keys:
             continue
         if t not in (None, -1) and c.positions != "all" and visible_q[b, t] != (c.positions == "visible"):
             continue
-        losses.append(token_loss(c, q, (b, t), keys))
+        candidates = [keys[at] for at in candidates_of(c, (b, t), foreign, keys)]
+        losses.append(token_loss(c, q, keys[positive], candidates))
     return torch.stack(losses).mean()
 
 
-def token_loss(c, q: Tensor, at: tuple, keys: dict) -> Tensor:
+def candidates_of(c, at: tuple, foreign: set, keys: dict) -> list[tuple]:
+    """The sum of Eq. 10 runs over the keys of the clean images, whatever was mixed: each once.
+
+    Among the positions of one image, of a mixed one: the key of the image that each patch is from.
+    """
+    b, t = at
+    if c.negatives == "image":
+        positions = sorted({s for _, s in keys}, key=str)
+        row = [(b ^ 1 if (b, s) in foreign else b, s) for s in positions]
+        return [place for place in row if place in keys]
+    return [place for place in keys if c.negatives == "all" or place[1] == t]
+
+
+def token_loss(c, q: Tensor, positive: Tensor, candidates: list[Tensor]) -> Tensor:
     def cos(k: Tensor) -> Tensor:
         return (q @ k) / (q.norm() * k.norm())
 
     if c.loss == "byol":
-        return 2 - 2 * cos(keys[at])
+        return 2 - 2 * cos(positive)
     if c.loss == "negative_cosine":
-        return -cos(keys[at])
-    allowed = {
-        "batch": lambda other: other[1] == at[1],
-        "image": lambda other: other[0] == at[0],
-        "all": lambda other: True,
-    }[c.negatives]
-    sims = torch.stack([cos(k) / c.temperature for other, k in keys.items() if allowed(other)])
-    loss = sims.exp().sum().log() - cos(keys[at]) / c.temperature
+        return -cos(positive)
+    sims = torch.stack([cos(k) / c.temperature for k in candidates])
+    loss = sims.exp().sum().log() - cos(positive) / c.temperature
     return loss * (2 * c.temperature if c.loss_scale == "2tau" else 1)
 
 

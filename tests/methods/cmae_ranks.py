@@ -13,6 +13,7 @@ CHOICES = {
     "bn": {"head_norm": "bn"},
     "ragged": {"mask_token": False, "t2": "independent"},
     "all": {"negatives": "all", "symmetric": True},
+    "cutmix": {"cutmix": True},
 }
 
 

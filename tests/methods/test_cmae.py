@@ -41,6 +41,7 @@ CHOICES = [
     {"mask_ratio": 0.0, "t2": "independent", "t2_ratio": 0.5},
     {"cutmix": True},
     {"cutmix": True, "negatives": "image", "symmetric": True},
+    {"cutmix": True, "negatives": "all"},
     {"cutmix": True, "loss": "byol", "positions": "masked"},
     {"freeze_patch_embed": True},
     {**NO_TOKEN, "t2": "full"},
@@ -51,6 +52,7 @@ CHOICES = [
     {**NO_TOKEN, "t2": "independent", "negatives": "image", "compare": "patch+cls"},
     {**NO_TOKEN, "t2": "independent", "negatives": "all", "t2_ratio": 0.5},
     {**NO_TOKEN, "t2": "independent", "cutmix": True, "symmetric": True},
+    {**NO_TOKEN, "t2": "independent", "cutmix": True, "negatives": "all", "compare": "patch"},
     {**NO_TOKEN, "compare": "avg"},
     {**NO_TOKEN, "compare": "cls"},
 ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmim.engine.ranks import Ranks
-from fastmim.methods.cmae_loss import compare_tokens, cosine, info_nce_range, token_info_nce
+from fastmim.methods.cmae_loss import Keys, compare_tokens, cosine, info_nce_range, token_info_nce
 
 from .test_cmae import make_cmae, make_pair
 
@@ -16,7 +16,7 @@ ONE = Ranks.single()
 
 
 def mean_loss(q: Tensor, k: Tensor, negatives: str, temperature: float = 0.2) -> float:
-    return token_info_nce(q, k, ONE, negatives=negatives, temperature=temperature).loss_BT.mean().item()
+    return token_info_nce(q, Keys(k), ONE, negatives=negatives, temperature=temperature).loss_BT.mean().item()
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -26,7 +26,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize(("negatives", "candidates"), [("batch", 32), ("image", 9), ("all", 288)])
 def test_random_features_give_the_log_of_the_number_of_candidates(negatives, candidates):
     q, k = random(32, 9, 1000), random(32, 9, 1000, seed=1)
-    scored = token_info_nce(q, k, ONE, negatives=negatives, temperature=0.2)
+    scored = token_info_nce(q, Keys(k), ONE, negatives=negatives, temperature=0.2)
     assert scored.loss_BT.shape == (32, 9)
     assert torch.equal(scored.num_BT, torch.full((32, 9), float(candidates)))
     assert scored.loss_BT.mean().item() == pytest.approx(math.log(candidates), abs=0.05)
@@ -77,7 +77,7 @@ def test_absent_keys_are_no_candidates(negatives):
     present = random(B, T, seed=5) > -0.3
     present[:, 3], present[1] = False, False  # a position without keys, an image without keys
     q, k = random(B, T, 16).requires_grad_(), random(B, T, 16, seed=1) * present[..., None]
-    scored = token_info_nce(q, k, ONE, negatives=negatives, temperature=0.2, present_BT=present.float())
+    scored = token_info_nce(q, Keys(k, present.float()), ONE, negatives=negatives, temperature=0.2)
     loss = scored.loss_BT[present].sum()
     assert scored.loss_BT.isfinite().all()
     (grad,) = torch.autograd.grad(loss, q)
@@ -95,13 +95,51 @@ def test_absent_keys_are_no_candidates(negatives):
     assert not grad[~present].any()
 
 
+# --- CutMix: another key is the positive, the candidates stay ----------------------------------------------
+
+
+def test_the_two_keys_of_a_pair_stay_candidates_when_both_queries_have_one_positive():
+    """Both patches are image 1's. With its key twice in the sum the loss would be log 2, without gradient."""
+    k = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
+    q = torch.tensor([[[1.0, 0.0]], [[0.6, 0.8]]], requires_grad=True)
+    keys = Keys(k, foreign_BT=torch.tensor([[True], [False]]))
+    loss_BT = token_info_nce(q, keys, ONE, negatives="batch", temperature=0.5).loss_BT
+    expected = [math.log1p(math.exp(1 / 0.5)), math.log1p(math.exp((0.6 - 0.8) / 0.5))]
+    assert loss_BT[:, 0].tolist() == pytest.approx(expected, abs=1e-6)
+    loss_BT.sum().backward()
+    assert (q.grad.norm(dim=-1) > 0.1).all()
+
+
+@pytest.mark.parametrize("negatives", ["batch", "all"])
+def test_queries_at_their_positives_reach_the_floor_under_cutmix(negatives):
+    k = torch.eye(8)[:, None]
+    q = k.clone()
+    q[0] = k[1]
+    keys = Keys(k, foreign_BT=torch.arange(8)[:, None] == 0)
+    loss_BT = token_info_nce(q, keys, ONE, negatives=negatives, temperature=0.2).loss_BT
+    floor = math.log1p(7 * math.exp(-1 / 0.2))  # of orthogonal keys: 0.046
+    assert loss_BT[:, 0].tolist() == pytest.approx([floor] * 8, abs=1e-6)
+
+
+def test_among_the_positions_of_a_mixed_image_each_has_one_key():
+    """The keys of image 0 but at position 1, which it has from image 1."""
+    k = torch.eye(8).view(2, 4, 8)
+    foreign = torch.zeros(2, 4, dtype=torch.bool)
+    foreign[0, 1] = True
+    q = k.clone()
+    q[0, 1] = k[1, 1]
+    loss_BT = token_info_nce(q, Keys(k, foreign_BT=foreign), ONE, negatives="image", temperature=0.2).loss_BT
+    floor = math.log1p(3 * math.exp(-1 / 0.2))
+    assert loss_BT.flatten().tolist() == pytest.approx([floor] * 8, abs=1e-6)
+
+
 def test_byol_lies_between_0_and_4_and_negative_cosine_between_minus_1_and_1():
     q = random(3, 5, 8)
     ends = {}
     for distance in ("byol", "negative_cosine"):
         options = {"distance": distance, "negatives": "batch", "temperature": 0.2, "scale": 1.0}
         ends[distance] = [
-            compare_tokens(q, k, ONE, None, None, **options) for k in (q * 3, -q, random(3, 5, 8, seed=1))
+            compare_tokens(q, Keys(k), ONE, None, **options) for k in (q * 3, -q, random(3, 5, 8, seed=1))
         ]
     assert [loss.item() for loss, _ in ends["byol"][:2]] == pytest.approx([0, 4], abs=1e-5)
     assert [loss.item() for loss, _ in ends["negative_cosine"][:2]] == pytest.approx([-1, 1], abs=1e-5)
@@ -154,6 +192,7 @@ class TwoPasses:
         {"compare": "cls"},
         {"positions": "masked", "loss": "byol"},
         {"symmetric": True, "cutmix": True},
+        {"cutmix": True, "negatives": "all"},
         {"mask_token": False, "t2": "independent", "compare": "patch+cls"},
         {"mask_token": False, "t2": "independent", "negatives": "image"},
         {"mask_token": False, "t2": "independent", "negatives": "all"},

@@ -35,8 +35,8 @@ FAULTS = [
     ),
     (
         TRITON,
-        "    label = b + offset\n",
-        "    label = b\n",
+        "    label = b + offset\n    if label_ptr is not None:\n        label = tl.load(label_ptr + b * N",
+        "    label = b\n    if label_ptr is not None:\n        label = tl.load(label_ptr + b * N",
         "every rank takes the first one's keys for its own",
         "matches_definition and triton",
     ),
@@ -106,7 +106,7 @@ FAULTS = [
     # Triton: backward of the keys
     (
         TRITON,
-        "tl.where(g[:, None] == (b + offset)[None, :], own",
+        "tl.where(g[:, None] == label[None, :], own",
         "tl.where(g[:, None] == b[None, :], own",
         "another rank's keys are pulled as positives",
         "matches_definition and triton",
@@ -142,25 +142,25 @@ FAULTS = [
     ),
     (
         TRITON,
-        "            dloss.contiguous(), q, k, row_norms(",
-        "            dloss, q, k, row_norms(",
+        "            dloss.contiguous(), q, k, None if",
+        "            dloss, q, k, None if",
         "a gradient of other strides is read as contiguous",
         "strides and triton",
     ),
     # CPU form
     (
         OP,
-        "positive = s.diagonal(b.start + offset, 1, 2).clone()",
-        "positive = s.diagonal(b.start + offset, 1, 2)",
-        "the positive is read after its logits were overwritten",
+        "return torch.arange(b.start + offset, b.stop + offset)[None, :, None]",
+        "return torch.arange(b.start, b.stop)[None, :, None]",
+        "the positive is the key of the first rank",
         "matches_definition and cpu",
     ),
     (
         OP,
-        "p.diagonal(b.start + offset, 1, 2).sub_(1)",
-        "p.diagonal(offset, 1, 2).sub_(1)",
-        "a later block of rows takes the first one's positives",
-        "matches_definition and cpu",
+        "return labels[b, n].T[..., None]",
+        "return labels[: b.stop - b.start, n].T[..., None]",
+        "a later block of rows takes the first one's labels",
+        "labels_name and cpu",
     ),
     (
         OP,
@@ -200,8 +200,8 @@ FAULTS = [
     ),
     (
         OP,
-        "    return dq, dk, None, None, None, None",
-        "    return dk, dq, None, None, None, None",
+        "    return dq, dk, None, None, None, None, None",
+        "    return dk, dq, None, None, None, None, None",
         "queries and keys get each other's gradient",
         "asked_for or public",
     ),
@@ -214,8 +214,8 @@ FAULTS = [
     ),
     (
         OP,
-        "if not 0 <= label_offset <= k.shape[0] - q.shape[0]:",
-        "if not 0 <= label_offset <= k.shape[0]:",
+        "not 0 <= label_offset <= k.shape[0] - q.shape[0]:",
+        "not 0 <= label_offset <= k.shape[0]:",
         "queries without a key of their own pass",
         "rejects",
     ),

@@ -95,9 +95,9 @@ FAULTS = [
     ),
     (
         "csrc/info_nce.cpp",
-        "const float positive = row[b + i + offset];",
-        "const float positive = row[b + i];",
-        "positives of rank 0 on every rank",
+        "const float positive = row[labels.of(b + i, n)];",
+        "const float positive = row[labels.of(i, n)];",
+        "a later block of rows takes the first one's positives",
         "info_nce",
     ),
     (

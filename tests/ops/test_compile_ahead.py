@@ -281,6 +281,8 @@ def contrast_cases() -> Iterator[tuple]:
                 if name == "per position":
                     yield f"{case} {name} loss only", nce.launch_forward, q, k, *settings, False
                     yield f"{case} {name} plain", nce.launch_forward, q, k, 0.2, 0, False, True
+                    labels = new(B, N, dtype=torch.int64)
+                    yield f"{case} {name} labels", nce.launch_forward, q, k, 0.2, 0, True, True, labels
                 rows = new(B, N)
                 saved = q, k, rows, rows, new(G, N)
                 yield f"{case} {name} keys back", nce.launch_backward_keys, rows, *saved, *settings

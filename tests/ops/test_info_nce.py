@@ -77,6 +77,54 @@ def test_matches_definition(form, case, dtype, normalize, device, monkeypatch):
         assert_no_worse(name, a, o, n.to(want))
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("case", [(7, 21, 3, 48), (70, 150, 2, 100), (33, 40, 1, 768)])
+@pytest.mark.parametrize("form", [triton_form, cpu_form])
+def test_labels_name_the_positive(form, case, dtype, device, monkeypatch):
+    """Any key, one of several queries too, whose place is in another tile or block than the query's own."""
+    if form is cpu_form:
+        module = sys.modules["fastmim_kernels.info_nce"]
+        monkeypatch.setattr(module, "CHUNK", 2048)
+        monkeypatch.setattr(module, "MIN_ROWS", 16)
+    q, k, dloss, _ = make_inputs(*case, dtype, device if form is triton_form else "cpu")
+    dloss, (B, G, N, _) = dloss.to(q.device), case
+    labels = torch.randint(0, G, (B, N), generator=torch.Generator().manual_seed(1))
+    labels[0], labels[-1], labels[B // 2] = G - 1, G - 1, 0
+    labels = labels.T.contiguous().T.to(q.device)  # strides of another order
+    settings = 0.2, 0, True, labels
+    oracle = definition(q, k, dloss, torch.float64, *settings)
+    naive = definition(q, k, dloss, FP32, *settings)
+    pieces = zip(("loss", "lse", "dq", "dk"), form_with_labels(form)(q, k, dloss, *settings), strict=True)
+    for (name, a), o, n in zip(pieces, oracle, naive, strict=True):
+        assert_no_worse(name, a, o, n.to(dtype if name in ("dq", "dk") else FP32))
+
+
+def form_with_labels(form):
+    """The same, with labels behind the flags that stand between."""
+
+    def triton_labelled(q, k, dloss, temperature, offset, normalize, labels):
+        settings = temperature, offset, normalize
+        loss, lse, rate, pull, norm = launch_forward(q, k, *settings, True, labels)
+        dk = launch_backward_keys(dloss, q, k, lse, rate, norm, *settings, labels)
+        return loss, lse, (pull * (rate * dloss)[..., None]).to(q.dtype), dk
+
+    def cpu_labelled(q, k, dloss, temperature, offset, normalize, labels):
+        settings = temperature, offset, normalize
+        loss, lse = cpu_forward(q, k, *settings, labels)
+        return loss, lse, *cpu_backward(dloss, q, k, lse, *settings, True, True, labels)
+
+    return triton_labelled if form is triton_form else cpu_labelled
+
+
+def test_two_queries_may_share_a_positive_and_every_key_stays_a_candidate():
+    """What CutMix asks: of two images whose patch is the second's, both have its key; by hand."""
+    q, k = torch.tensor([[0.6, 0.8], [1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    loss, lse = info_nce(q, k, temperature=0.5, labels=torch.tensor([1, 1]))
+    expected = [math.log1p(math.exp((0.6 - 0.8) / 0.5)), math.log1p(math.exp(2.0))]
+    assert loss.tolist() == pytest.approx(expected, abs=1e-6)
+    assert lse.tolist() == pytest.approx([expected[0] + 1.6, expected[1]], abs=1e-6)
+
+
 def test_the_formula_in_plain_numbers():
     q = torch.tensor([[3.0, 0.0], [0.0, 0.5]])
     k = torch.tensor([[0.0, 7.0], [2.0, 0.0], [1.0, 1.0]])  # cosines 0, 1, r and 1, 0, r with r = 1 / sqrt(2)
@@ -202,6 +250,9 @@ def test_op_is_registered_right(normalize, device):
     torch.library.opcheck(op, (q, k, *settings, False))
     torch.library.opcheck(op, (q.requires_grad_(), k, *settings, True))
     torch.library.opcheck(op, (q, k.requires_grad_(), *settings, True))
+    labels = torch.arange(10, device=device).view(5, 2) % 9
+    torch.library.opcheck(op, (q, k, 0.2, 0, normalize, True, labels))
+    torch.library.opcheck(back, (dloss, q.detach(), k.detach(), *kept, 0.2, 0, normalize, True, True, labels))
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -210,15 +261,17 @@ def test_public_op_matches_reference_and_compiles_to_one_graph(compiled, device)
         """A teacher's keys get no gradient, and then they do, over all tokens."""
         one = loss_of(q, k.detach(), 0.2, 4)[0].mean()
         loss, lse = loss_of(q.flatten(0, 1), k.flatten(0, 1), 0.5, 3)
-        return one + loss.square().sum(), lse.detach()
+        named = loss_of(q, k, 0.3, 0, labels=labels)[0].mean()
+        return one + named + loss.square().sum(), lse.detach()
 
-    def fused(q, k, temperature, offset):
-        return info_nce(q, k, temperature=temperature, label_offset=offset)
+    def fused(q, k, temperature, offset, labels=None):
+        return info_nce(q, k, temperature=temperature, label_offset=offset, labels=labels)
 
     def step(q, k):
         return both(fused, q, k)
 
     q, k, _, _ = make_inputs(5, 9, 2, 32, FP32, device)
+    labels = torch.arange(10, device=device).view(5, 2) % 9
     results = []
     run = torch.compile(step, fullgraph=True) if compiled else step
     for loss_of in (run, lambda q, k: both(info_nce_reference, q, k)):  # never the op against itself
@@ -342,6 +395,7 @@ def test_a_launch_allocates_what_it_says(monkeypatch, device):
 
 def test_rejects_what_it_cannot_do(device):
     q, k, _, _ = make_inputs(4, 6, 2, 16, FP32, device)
+    labels = torch.tensor([[0, 1], [2, 3], [4, 5], [6, 0]], device=device)
     bad = [
         ("want \\[B, N, D\\]", (q, k[:, :1]), {}),
         ("want \\[B, N, D\\]", (q, k[..., :8]), {}),
@@ -360,6 +414,14 @@ def test_rejects_what_it_cannot_do(device):
         ("want a key for each of 4 queries from row 3 on, got 6", (q, k), {"label_offset": 3}),
         ("from row -1 on", (q, k), {"label_offset": -1}),
         ("want a key for each of 6 queries", (k, q), {}),
+        (
+            "want int64 labels \\(4, 2\\)",
+            (q, k),
+            {"labels": torch.zeros(4, dtype=torch.int64, device=device)},
+        ),
+        ("want int64 labels", (q, k), {"labels": torch.zeros(4, 2, dtype=torch.int32, device=device)}),
+        ("labels or a label_offset", (q, k), {"labels": labels, "label_offset": 1}),
+        *([("want labels in \\[0, 6\\), got 0 .. 6", (q, k), {"labels": labels})] if device == "cpu" else []),
     ]
     for message, tensors, settings in bad:
         with pytest.raises(ValueError, match=message):

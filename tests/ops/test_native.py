@@ -182,6 +182,14 @@ def test_info_nce(B, N, G, D, offset, dtype, normalize, ops):
         return info_nce_reference(q, k, *settings)[0]
 
     compare(["loss", "dq", "dk"], [loss, dq, dk], definition, [q, k], dloss)
+    labels = (torch.arange(B * N).view(N, B).T * 7) % G  # several queries name one key
+    loss, lse = ops.native_info_nce(q, k, 0.2, 0, normalize, labels)
+    dq, dk = ops.native_info_nce_backward(dloss, q, k, lse, 0.2, 0, normalize, True, True, labels)
+
+    def labelled(q, k):
+        return info_nce_reference(q, k, 0.2, 0, normalize, labels)[0]
+
+    compare(["loss", "dq", "dk"], [loss, dq, dk], labelled, [q, k], dloss)
 
 
 @needs_library
