@@ -20,7 +20,8 @@ import torch.distributed as dist
 
 from fastmim.engine.ranks import Ranks
 
-TIMEOUT_S = 600  # a busy machine is ten times as slow as an idle one
+TIMEOUT_S = 60  # of a collective that waits for a killed rank
+HANGING_S = 600  # after which a child is taken for one that hangs: a busy machine is ten times as slow
 
 
 class Child:
@@ -53,7 +54,7 @@ class Child:
 def run_and_exit(fn: Callable[[], Any], writer: int) -> None:
     """Never returns into pytest."""
     try:
-        signal.alarm(TIMEOUT_S)  # a child that hangs ends with another signal than SIGKILL
+        signal.alarm(HANGING_S)  # a child that hangs ends with another signal than SIGKILL
         torch.set_num_threads(1)  # OpenMP's threads did not come along
         try:
             answer = fn()
@@ -94,13 +95,13 @@ def scenarios(script: Path, *names: str) -> dict[str, Any]:
     root = Path(__file__).resolve().parents[2]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "results"
-        environment = os.environ | {"PYTHONPATH": str(root)}
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
         run = subprocess.run(
             [sys.executable, str(script), str(out), *names],
             env=environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=2 * HANGING_S,
         )
         assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
         return pickle.loads(out.read_bytes())
