@@ -3,8 +3,9 @@
 python -m benchmarks.harness norm_pix_loss_image    appends to benchmarks/results/norm_pix_loss_image.jsonl
 python -m benchmarks.plot norm_pix_loss_image       reads that file and draws; measures nothing
 
-Providers take turns in rounds, so that a clock that drifts drifts for all. On CUDA the L2 is cleared and the
-queue is filled before each call: the time is the device's, without that of the host that launches.
+Providers take turns in rounds, so that a clock that drifts drifts for all. On CUDA the L2 is filled with
+other data before each call, and the device kept busy while the host queues it, as long as that takes: the
+time is the device's, without that of the host. Beside it stands what bytes and FLOP allow: `foreseen_ms`.
 """
 
 import argparse
@@ -26,21 +27,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fastmim_kernels import native
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.devices import known_device
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PACKAGES = ("torch", "triton", "xformers", "deepspeed", "nvidia-dali-cuda130", "timm", "transformers")
-SOURCES = ("fastmim/**/*.py", "kernels/**/*.py", "benchmarks/**/*.py")
+SOURCES = ("fastmim/**/*.py", "kernels/**/*.py", "benchmarks/**/*.py", "csrc/*.cpp", "csrc/*.h")
 QUANTILES = (0.2, 0.5, 0.8)
 
 TOLERANCE = 2e-2  # of the largest value of each output: five steps of bf16
 ROUNDS, QUICK_ROUNDS = 6, 2
 ROUND_MS = 60.0  # of each provider's own time in a round
 FLUSH_BYTES = 256 * 2**20  # more than any L2
-HEAD_START_CYCLES = 2_000_000  # about a millisecond, in which the host queues the call
+HEAD_START = 2.0  # of the host's time to queue a call: as long as the device is kept busy before it
+LEAST_HEAD_START_MS = 0.5
+CALIBRATION_CYCLES = 20_000_000  # about ten milliseconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +63,7 @@ class Case:
     flops: int = 0  # of the definition, likewise; 0 where bandwidth is the limit
     oracle: Callable[[], tuple[Tensor, ...]] | None = None  # of the first: what all are checked against
     absent: str | None = None  # why this provider cannot be had here
+    served: Callable[[], str] | None = None  # what really computes it, asked when it has run
 
 
 # --- where a number was measured --------------------------------------------------------------------
@@ -70,14 +77,18 @@ def environment() -> dict[str, Any]:
         "commit": git("rev-parse", "--short", "HEAD"),
         "dirty": None if (status := git(*CHANGES)) is None else bool(status),
         "sources": sources_digest(),
-        "device": torch.cuda.get_device_name()
-        if DEVICE == "cuda"
-        else f"cpu, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        "device": device_name(),
         "load": round(os.getloadavg()[0], 1),  # of the host: a busy one makes CPU figures worthless
         "versions": {"python": sys.version.split()[0], **versions()},
         "command": shlex.join(["python", *map(portable, sys.argv)]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def device_name() -> str:
+    if DEVICE == "cuda":
+        return torch.cuda.get_device_name()
+    return f"cpu, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
 @cache
@@ -152,7 +163,36 @@ def quantiles(values: Sequence[float]) -> list[float]:
 
 @cache
 def flush_buffer() -> Tensor:
-    return torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    return torch.zeros(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
+
+
+def flush() -> None:
+    """Fill the L2 with what no call wants, by reading: what is written leaves it in the call's own time."""
+    flush_buffer().amax()
+
+
+@cache
+def cycles_per_ms() -> float:
+    """Of the device's clock, as `torch.cuda._sleep` counts it."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(2):  # the first may be of a clock that has yet to rise
+        start.record()
+        torch.cuda._sleep(CALIBRATION_CYCLES)
+        end.record()
+        torch.cuda.synchronize()
+    return CALIBRATION_CYCLES / start.elapsed_time(end)
+
+
+def host_ms(run: Callable[[], object]) -> float:
+    """Milliseconds until the call returns to the host with an empty queue; the second of two calls."""
+    taken = 0.0
+    for _ in range(2):  # the first may compile
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        taken = (time.perf_counter() - start) * 1e3
+    torch.cuda.synchronize()
+    return taken
 
 
 def samples(run: Callable[[], object], count: int) -> list[float]:
@@ -164,10 +204,11 @@ def samples(run: Callable[[], object], count: int) -> list[float]:
             run()
             times.append((time.perf_counter() - start) * 1e3)
         return times
+    head_start = int(max(LEAST_HEAD_START_MS, HEAD_START * host_ms(run)) * cycles_per_ms())
     events = []
     for _ in range(count):
-        flush_buffer().zero_()
-        torch.cuda._sleep(HEAD_START_CYCLES)
+        flush()
+        torch.cuda._sleep(head_start)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         run()
@@ -178,10 +219,14 @@ def samples(run: Callable[[], object], count: int) -> list[float]:
 
 
 def take_turns(
-    runs: Sequence[Callable[[], object]], rounds: int, round_ms: float = ROUND_MS
+    runs: Sequence[Callable[[], object]], rounds: int, round_ms: float | None = None
 ) -> list[list[float]]:
-    """Milliseconds of the calls of each, taken in rounds whose order is turned each time."""
-    counts = [max(3, min(100, round(ROUND_MS / min(samples(run, 3))))) for run in runs]
+    """Milliseconds of the calls of each, taken in rounds whose order is turned each time.
+
+    In a round each is called for `round_ms` of its own time (None: ROUND_MS), 3 to 100 times.
+    """
+    own_ms = ROUND_MS if round_ms is None else round_ms
+    counts = [max(3, min(100, round(own_ms / min(samples(run, 3))))) for run in runs]
     times: list[list[float]] = [[] for _ in runs]
     for turn in range(rounds):
         for i in range(len(runs))[:: 1 if turn % 2 == 0 else -1]:
@@ -271,6 +316,7 @@ def measure(cases: Sequence[Case], rounds: int) -> Iterator[dict[str, Any]]:
         low, median, high = quantiles(taken)
         yield {
             **named(case),
+            "served": served(case),
             "ms": median,
             "ms_p20": low,
             "ms_p80": high,
@@ -280,11 +326,47 @@ def measure(cases: Sequence[Case], rounds: int) -> Iterator[dict[str, Any]]:
             "extra_mib": extra_mib(case.run),
             "error": error,
             "copy_gb_per_s": copy_gb_per_s(),
+            "foreseen_ms": foreseen_ms(case),
+            "foreseen_code_ms": machine_code_ms(case),
         }
 
 
+def foreseen_ms(case: Case) -> float:
+    """What its bytes, or its FLOP, take at the rates measured in this run: no provider can be faster."""
+    by_bytes = case.bytes_moved / copy_gb_per_s() / 1e6
+    if not case.flops:
+        return by_bytes
+    return max(by_bytes, case.flops / matmul_tflop_per_s(getattr(torch, case.dtype)) / 1e9)
+
+
+def machine_code_ms(case: Case) -> float | None:
+    """What our kernels' machine code allows on this device; None where no table knows the two."""
+    chip, _ = known_device(device_name())
+    if chip is None or case.provider != "fastmim" or not module_exists("benchmarks.machine_code"):
+        return None
+    known = import_module("benchmarks.machine_code")
+    if chip.name not in known.CHIPS:
+        return None
+    found = known.forecast(case.op, case.mode, case.shape, case.dtype, chip.name)
+    return None if found is None else found["ms"]
+
+
+def served(case: Case) -> str:
+    """What really computes it: behind "fastmim" Triton, C++ or the reference in Python."""
+    if case.served is not None:
+        return case.served()
+    return back_end(case.op) if case.provider == "fastmim" else case.provider
+
+
+def back_end(op: str) -> str:
+    """Of one of our ops, on this device."""
+    if DEVICE == "cuda":
+        return "triton"
+    return "C++" if native.ready() and hasattr(torch.ops.fastmim, f"native_{op}") else "reference"
+
+
 def named(case: Case) -> dict[str, Any]:
-    return {k: v for k, v in vars(case).items() if k not in ("run", "oracle", "absent")}
+    return {k: v for k, v in vars(case).items() if k not in ("run", "oracle", "absent", "served")}
 
 
 def measure_groups(
@@ -306,7 +388,9 @@ def sentence(row: dict[str, Any]) -> str:
         return f"{head}  FAILED: {row['failed']}"
     tflops = f"  {row['tflop_per_s']:.3g} TFLOP/s" if row["tflop_per_s"] else ""
     rate = f"{row['gb_per_s']:.3g} of {row['copy_gb_per_s']:.3g} GB/s"
-    return f"{head}  {row['ms']:.3f} ms  {rate}{tflops}  {row['extra_mib']:.4g} MiB extra"
+    code = f", {row['foreseen_code_ms']:.3f} by its machine code" if row["foreseen_code_ms"] else ""
+    ms = f"{row['ms']:.3f} ms, {row['foreseen_ms']:.3f} foreseen{code}"
+    return f"{head}  {ms}  {rate}{tflops}  {row['extra_mib']:.4g} MiB extra  ({row['served']})"
 
 
 def module_exists(name: str) -> bool:

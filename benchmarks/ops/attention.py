@@ -10,6 +10,8 @@ Baselines  the reference (a softmax of a matrix) in the dtype of its inputs, eag
            and xformers' kernels. All are checked against the reference in fp32.
 FLOP       4 T^2 d of each head, segment by segment; backward twice that. Recomputation earns nothing.
 Bytes      q, k, v read and out written; backward those and the gradient read, three gradients written.
+Layout     that of training: q, k and v are views of one product [B, T, 3, H, d], and so is their gradient,
+           which a back end that makes three has to put together.
 """
 
 from collections.abc import Iterator
@@ -17,7 +19,12 @@ from functools import partial
 
 import torch
 from fastmim_kernels import attention
-from fastmim_kernels.attention import attention_reference, why_no_xformers
+from fastmim_kernels.attention import (
+    attention_choices,
+    attention_reference,
+    choose_attention,
+    why_no_xformers,
+)
 from torch import Tensor
 
 from benchmarks.harness import DEVICE, Case
@@ -45,10 +52,22 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, segments: tuple[int, ...]) -> Tensor
 
 
 def forward_backward(
-    provider: str, inputs: tuple[Tensor, ...], segments: tuple[int, ...], grad: Tensor
+    provider: str, qkv: Tensor, segments: tuple[int, ...], grad: Tensor
 ) -> tuple[Tensor, ...]:
-    out = (oracle if provider == "oracle" else PROVIDERS[provider])(*inputs, segments=segments)
-    return out.detach(), *torch.autograd.grad(out, inputs, grad)
+    """Output, and the gradients of q, k and v, each of which is compared by its own largest value."""
+    out = (oracle if provider == "oracle" else PROVIDERS[provider])(*qkv.unbind(2), segments=segments)
+    (dqkv,) = torch.autograd.grad(out, qkv, grad)
+    return out.detach(), *dqkv.unbind(2)
+
+
+def served(provider: str, segments: tuple[int, ...], d: int) -> str:
+    """What a provider's calls went to; of `auto`, the fastest as it was measured."""
+    if provider == "tile":
+        return "triton" if DEVICE == "cuda" else "reference"
+    if provider != "fastmim":
+        return provider
+    uses = {c["use"] for c in attention_choices() if (tuple(c["segments"]), c["width"]) == (segments, d)}
+    return ", ".join(sorted(uses)) or choose_attention("auto", DEVICE, DTYPE)[0]
 
 
 def cases() -> Iterator[list[Case]]:
@@ -56,10 +75,7 @@ def cases() -> Iterator[list[Case]]:
     for images in IMAGES:
         for segments, heads, d in SHAPES:
             T = sum(segments)
-            inputs = tuple(
-                torch.randn(images, T, heads, d, device=DEVICE, dtype=DTYPE, requires_grad=True)
-                for _ in range(3)
-            )
+            qkv = torch.randn(images, T, 3, heads, d, device=DEVICE, dtype=DTYPE, requires_grad=True)
             grad = torch.randn(images, T, heads, d, device=DEVICE, dtype=DTYPE)
             yield [
                 Case(
@@ -70,9 +86,10 @@ def cases() -> Iterator[list[Case]]:
                     dtype=str(DTYPE).removeprefix("torch."),
                     bytes_moved=12 * grad.numel() * DTYPE.itemsize,
                     flops=3 * 4 * images * heads * d * sum(n * n for n in segments),
-                    run=partial(forward_backward, provider, inputs, segments, grad),
-                    oracle=partial(forward_backward, "oracle", inputs, segments, grad),
+                    run=partial(forward_backward, provider, qkv, segments, grad),
+                    oracle=partial(forward_backward, "oracle", qkv, segments, grad),
                     absent=no_xformers if provider == "xformers" else None,
+                    served=partial(served, provider, segments, d),
                 )
                 for provider in PROVIDERS
             ]

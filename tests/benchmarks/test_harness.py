@@ -3,11 +3,14 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
+from fastmim_kernels import native
 
 from benchmarks import harness, plot
 from benchmarks.gpu_round import OPS
@@ -25,6 +28,7 @@ def case(provider: str, *outputs: torch.Tensor, absent: str | None = None) -> Ca
 def short(monkeypatch):
     monkeypatch.setattr(harness, "ROUND_MS", 0.1)
     monkeypatch.setattr(harness, "copy_gb_per_s", lambda: 1.0)
+    monkeypatch.setattr(harness, "matmul_tflop_per_s", lambda dtype: 1.0)
 
 
 GOOD = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1e-8, 2e-8])
@@ -67,6 +71,134 @@ def test_turns_alternate(monkeypatch):
     monkeypatch.setattr(harness, "samples", lambda run, count: [run() or 1.0])
     harness.take_turns(runs, rounds=3)
     assert "".join(said) == "ab" + "abbaab"
+
+
+def test_a_round_is_as_long_as_it_is_asked_to_be(monkeypatch):
+    counts = []
+    monkeypatch.setattr(harness, "samples", lambda run, count: counts.append(count) or [2.0] * count)
+    for round_ms, calls in ((20.0, 10), (1.0, 3), (1e4, 100), (None, 3)):
+        counts.clear()
+        harness.take_turns([lambda: None], rounds=2, round_ms=round_ms)
+        assert counts == [3, calls, calls], round_ms
+
+
+@pytest.mark.parametrize(("host", "cycles"), [(20.0, 40_000), (0.01, 500)])
+def test_the_head_start_covers_the_host(host, cycles, monkeypatch):
+    """The device is kept busy for twice the time in which the call is queued, then timed."""
+    said: list[object] = []
+
+    class Event:
+        def __init__(self, enable_timing=False):
+            pass
+
+        def record(self):
+            said.append("mark")
+
+        def elapsed_time(self, end):
+            return 1.5
+
+    monkeypatch.setattr(harness, "DEVICE", "cuda")
+    monkeypatch.setattr(harness, "host_ms", lambda run: host)
+    monkeypatch.setattr(harness, "cycles_per_ms", lambda: 1000.0)
+    monkeypatch.setattr(harness, "flush", lambda: said.append("flush"))
+    monkeypatch.setattr(torch.cuda, "_sleep", said.append)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: said.append("wait"))
+    assert harness.samples(lambda: said.append("call"), 2) == [1.5, 1.5]
+    assert said == ["flush", cycles, "mark", "call", "mark"] * 2 + ["wait"]
+
+
+def test_the_time_of_the_host_is_that_of_a_call_that_has_run_before(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    naps = iter([0.2, 0.03])
+    assert 30 <= harness.host_ms(lambda: time.sleep(next(naps))) < 150
+
+
+def test_the_cache_is_filled_by_reading(monkeypatch):
+    """What zero_ wrote would be carried to memory within the call that is timed."""
+    buffer = torch.arange(8, dtype=torch.int32)
+    monkeypatch.setattr(harness, "flush_buffer", lambda: buffer)
+    harness.flush()
+    assert buffer._version == 0 and buffer.tolist() == list(range(8))
+
+
+@pytest.mark.parametrize("path", ["csrc/ops.cpp", "csrc/rows.h", "kernels/k.py", "fastmim/f.py"])
+def test_the_digest_is_that_of_all_sources(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    monkeypatch.setattr(harness, "sources_digest", harness.sources_digest.__wrapped__)
+    before = harness.sources_digest()
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).write_text("1")
+    one = harness.sources_digest()
+    (tmp_path / path).write_text("2")
+    assert len({before, one, harness.sources_digest()}) == 3
+
+
+@pytest.mark.parametrize(
+    ("op", "provider", "ready", "name"),
+    [
+        ("norm_pix_loss_image", "fastmim", True, "C++"),
+        ("norm_pix_loss_image", "fastmim", False, "reference"),
+        ("add_layer_norm", "fastmim", True, "reference"),
+        ("norm_pix_loss_image", "compile", True, "compile"),
+    ],
+)
+def test_a_row_names_what_served(op, provider, ready, name, monkeypatch):
+    if ready and not native.ready():
+        pytest.skip(f"no C++ ops: {native.why_not()}")
+    monkeypatch.setattr(native, "ready", lambda: ready)
+    (row,) = harness.measure([replace(case(provider, *GOOD), op=op)], rounds=1)
+    assert row["served"] == name and name in harness.sentence(row)
+
+
+def test_a_row_says_what_was_foreseen():
+    plain, product = case("eager", *GOOD), replace(case("eager", *GOOD), flops=10**9)
+    (row,) = harness.measure([plain], rounds=1)
+    assert row["foreseen_ms"] == 32 / 1e6 and row["foreseen_code_ms"] is None  # at 1 GB/s
+    (row,) = harness.measure([product], rounds=1)
+    assert row["foreseen_ms"] == 1.0  # at 1 TFLOP/s
+
+
+def test_the_forecast_of_machine_code_is_asked_of_its_table(monkeypatch):
+    asked = []
+
+    def forecast(*call):
+        asked.append(call)
+        return {"ms": 0.25} if call[0] == "twice" else None
+
+    table = SimpleNamespace(CHIPS={"H100": None}, forecast=forecast)
+    monkeypatch.setattr(harness, "module_exists", lambda name: name == "benchmarks.machine_code")
+    monkeypatch.setitem(sys.modules, "benchmarks.machine_code", table)
+    ours = case("fastmim", *GOOD)
+    assert harness.machine_code_ms(ours) is None  # on a CPU
+    monkeypatch.setattr(harness, "device_name", lambda: "NVIDIA H100 80GB HBM3")
+    assert harness.machine_code_ms(ours) == 0.25
+    assert asked == [("twice", "forward", {"n": 4}, "float32", "H100")]
+    assert harness.machine_code_ms(replace(ours, op="other")) is None
+    assert harness.machine_code_ms(case("eager", *GOOD)) is None
+    monkeypatch.setattr(harness, "device_name", lambda: "NVIDIA A100-SXM4-80GB")
+    assert harness.machine_code_ms(ours) is None and len(asked) == 2
+
+
+def test_attention_is_timed_as_training_calls_it(monkeypatch):
+    """q, k and v are views of one product, and their gradient comes back as one."""
+    module = import_module("benchmarks.ops.attention")
+    seen = []
+
+    def spy(q, k, v, segments):
+        seen.append((q.stride(1), v.data_ptr() - q.data_ptr()))
+        return module.attention_reference(q, k, v, segments)
+
+    monkeypatch.setitem(module.PROVIDERS, "eager", spy)
+    monkeypatch.setattr(module, "IMAGES", [2])
+    group = next(module.cases())
+    out, *grads = group[0].run()
+    shape = (2, 197, 16, 32)
+    assert seen == [(3 * 16 * 32, 2 * 16 * 32 * 4)] and out.shape == shape
+    assert [g.shape for g in grads] == [shape] * 3 and grads[0].stride(1) == 3 * 16 * 32
+    assert {c.provider: c.served() for c in group if c.provider in ("tile", "fastmim")} == {
+        "tile": "reference", "fastmim": "sdpa",
+    }  # fmt: skip
 
 
 def test_providers_are_chosen_and_the_absent_are_named(capsys):
