@@ -24,15 +24,20 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 import argparse
 import resource
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
-from fastmim_kernels.attention import choose_attention
+from fastmim_kernels import native
+from fastmim_kernels.attention import attention_choices, choose_attention
+from torch import Tensor
 
+from benchmarks.cost import beside
+from benchmarks.devices import known_device
 from benchmarks.engines import (
     CHECK_IMAGES,
     DTYPES,
@@ -44,16 +49,20 @@ from benchmarks.engines import (
     synthetic,
     time_steps,
 )
-from benchmarks.flops import step_flops, work
+from benchmarks.flops import step_flops
 from benchmarks.harness import (
     DEVICE,
     RESULTS,
     append,
+    copy_gb_per_s,
+    device_name,
     environment,
     matmul_tflop_per_s,
     quantiles,
     samples,
 )
+from benchmarks.ledger import ledger
+from benchmarks.op_facts import Op
 from fastmim.engine.ranks import Ranks
 from fastmim.methods import METHODS
 from fastmim.methods.base import Method, MethodConfig
@@ -62,7 +71,6 @@ from fastmim.models.mae_decoder import DecoderConfig
 from fastmim.models.vit import ViTConfig
 from fastmim.views import Batch
 
-DATASHEET_TFLOP_PER_S = {"H100": 989.0, "H200": 989.0}  # dense bf16, SXM
 KNEE = 0.97  # the knee is the smallest batch that reaches this share of the best rate
 FLAT = 1.02  # a batch twice the size that gains less has gained nothing
 
@@ -93,23 +101,35 @@ def steps_within(engine: Engine, batches: Iterator[Batch], arguments: argparse.N
     return max(5, min(arguments.steps, int(arguments.seconds * 1e3 / min(warm))))
 
 
-def library_ms(config: MethodConfig, model: ViTConfig, batch: int, dtype: torch.dtype) -> float:
-    """Milliseconds of the reference's linear layers alone, each product timed by itself on random values.
+def shapes_ms(
+    config: MethodConfig, model: ViTConfig, batch: int, precision: str, engine: str
+) -> tuple[float, float]:
+    """Milliseconds of a step whose parts each reach their own ceiling: of its products, and of all else.
 
-    The shape-aware ceiling without attention and without what is bound by bandwidth.
+    Each product of the step is timed by itself with the library, at its shape and in its layout, on random
+    values; what else the step does takes its bytes at the rate of a copy; attention and InfoNCE their FLOP at
+    that of a large product, if that is more.
     """
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
-    total = 0.0
-    for linear in work(config, model).linears():
-        x = torch.randn(batch * linear.rows, linear.n_in, device=DEVICE, dtype=dtype)
-        w = torch.randn(linear.n_out, linear.n_in, device=DEVICE, dtype=dtype)
-        g = torch.randn(batch * linear.rows, linear.n_out, device=DEVICE, dtype=dtype)
-        products = [lambda x=x, w=w: x @ w.T, lambda x=x, g=g: g.T @ x]
-        products += [lambda g=g, w=w: g @ w] if linear.input_gradient else []
-        products = products if linear.trained else products[:1]
-        total += linear.count * sum(quantiles(samples(product, 8)[3:])[1] for product in products)
-    return total
+    products = rest = 0.0
+    for op in ledger(config, model, batch=batch, precision=precision, engine=engine):
+        if op.product:
+            products += op.count * quantiles(samples(product(op), 8)[3:])[1]
+        else:
+            by_flops = op.flops / matmul_tflop_per_s(DTYPES[op.precision]) / 1e9 if op.flops else 0.0
+            rest += op.count * max(op.bytes / copy_gb_per_s() / 1e6, by_flops)
+    return products, rest
+
+
+def product(op: Op) -> Callable[[], Tensor]:
+    """A call of the library that computes such a product: `x W'`, `g W` or `g' x`."""
+    assert op.product is not None
+    size, M, N, K = op.product
+    make = partial(torch.randn, device=DEVICE, dtype=DTYPES[op.precision])
+    a = make(size, K, M).mT if op.role == "weight gradient" else make(size, M, K)
+    b = make(size, N, K).mT if op.role == "forward" else make(size, K, N)
+    return partial(torch.mm, a[0], b[0]) if size == 1 else partial(torch.bmm, a, b)
 
 
 def peak_gib() -> float:
@@ -138,8 +158,8 @@ def rates(times: Sequence[float], batch: int) -> dict[str, float]:
 def fractions(tflop_per_s: float, precision: str) -> dict[str, float | None]:
     """The measured ceiling of this run and the datasheet's, and the shares of them that were reached."""
     ceiling = matmul_tflop_per_s(DTYPES[precision])
-    name = torch.cuda.get_device_name() if DEVICE == "cuda" else ""
-    sheet = next((value for chip, value in DATASHEET_TFLOP_PER_S.items() if chip in name), None)
+    chip, _ = known_device(device_name())
+    sheet = chip and chip.datasheet_tflop_per_s
     return {
         "matmul_tflop_per_s": ceiling,
         "mfu_of_matmul": tflop_per_s / ceiling,
@@ -148,17 +168,42 @@ def fractions(tflop_per_s: float, precision: str) -> dict[str, float | None]:
 
 
 def describe(config: MethodConfig, model: ViTConfig, arguments: argparse.Namespace) -> dict[str, Any]:
-    chosen, why = choose_attention(model.attention, DEVICE, DTYPES[arguments.precision])
     return {
         "method": config.name,
         "model": arguments.model,
         "image_size": model.size,
         "patch": model.patch,
         "precision": arguments.precision,
-        "attention": f"{chosen} ({why})",
-        "kernels": "triton" if DEVICE == "cuda" else "reference",
+        "attention": attention_served(model, arguments.precision),
+        "kernels": kernels_served(),
         "gflop_per_image": step_flops(config, model) / 1e9,
     }
+
+
+def attention_served(model: ViTConfig, precision: str) -> str:
+    """The back end of attention; of `auto`, once it has run, the fastest of each shape as measured."""
+    chosen, why = choose_attention(model.attention, DEVICE, DTYPES[precision])
+    choices = {
+        f"{' + '.join(map(str, c['segments']))} x {c['width']}: {c['use']}" for c in attention_choices()
+    }
+    return f"{chosen} ({'; '.join(sorted(choices)) if chosen == 'auto' and choices else why})"
+
+
+def kernels_served() -> str:
+    """What runs behind our own ops on this device."""
+    if DEVICE == "cuda":
+        return "triton"
+    obstacle = native.why_not()
+    return "C++, and the references of ops that have none" if obstacle is None else f"references ({obstacle})"
+
+
+def foreseen_words(row: dict[str, Any]) -> str:
+    if row.get("foreseen_absent"):
+        return f"; nothing foreseen: {row['foreseen_absent']}"
+    if "foreseen_ms" not in row:
+        return ""
+    reached, mfu = 100 * row["foreseen_ms"] / row["ms"], 100 * row["foreseen_mfu"]
+    return f"; {reached:.0f} % of the foreseen {row['foreseen_images_per_s']:.1f} img/s ({mfu:.1f} %)"
 
 
 def sentence(row: dict[str, Any]) -> str:
@@ -170,9 +215,10 @@ def sentence(row: dict[str, Any]) -> str:
         f"{name}: {row['images_per_s']:.1f} img/s ({row['images_per_s_p20']:.1f} to "
         f"{row['images_per_s_p80']:.1f}), {100 * row['mfu_of_matmul']:.1f} % of the matmul ceiling "
         f"{row['matmul_tflop_per_s']:.4g} TFLOP/s"
-        + (f", {100 * shapes:.1f} % of its own products" if shapes else "")
+        + (f", {100 * shapes:.1f} % of its shapes' own ceiling" if shapes else "")
         + (f", {100 * sheet:.1f} % of the datasheet" if sheet else "")
         + f", {row['peak_gib']:.1f} GiB"
+        + foreseen_words(row)
     )
 
 
@@ -240,8 +286,12 @@ def measure(
     tflop_per_s = figures["images_per_s"] * step_flops(config, model) / 1e12
     figures |= {"peak_gib": peak_gib(), "tflop_per_s": tflop_per_s}
     figures |= fractions(tflop_per_s, arguments.precision)
-    products = library_ms(config, model, batch, DTYPES[arguments.precision])
-    return figures | {"library_products_ms": products, "mfu_of_shapes": products / figures["ms"]}
+    figures |= {"attention": attention_served(model, arguments.precision)}
+    what = {"batch": batch, "precision": arguments.precision, "engine": engine.name}
+    products, rest = shapes_ms(config, model, **what)
+    figures |= {"library_products_ms": products, "shapes_ms": products + rest}
+    figures |= {"mfu_of_shapes": figures["shapes_ms"] / figures["ms"]}
+    return figures | beside(config, model, device=device_name(), **what)
 
 
 def batch_sizes(arguments: argparse.Namespace, found: list[tuple[int, float]]) -> Iterator[int]:

@@ -8,10 +8,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fastmim_kernels import native
 
 from benchmarks import engines, throughput
+from benchmarks.cost import beside
 from benchmarks.engines import PlainEngine, WrongLoss, check_method, check_step, first, step, synthetic
 from benchmarks.harness import ROOT
+from benchmarks.ledger import ledger
 from fastmim.engine.ranks import Ranks
 from fastmim.methods import METHODS
 from fastmim.optim import OptimConfig, torch_adamw
@@ -170,13 +173,50 @@ def test_the_command_writes_a_whole_row(tmp_path, capsys):
         "provider", "method", "model", "precision", "attention", "kernels", "batch", "images_per_s",
         "images_per_s_p20", "images_per_s_p80", "mfu_of_matmul", "mfu_of_shapes", "mfu_of_datasheet",
         "matmul_tflop_per_s", "peak_gib", "ms_forward", "ms_backward", "ms_update", "loss", "loss_error",
-        "grad_error", "device", "versions", "commit", "command", "time",
+        "grad_error", "device", "versions", "commit", "command", "time", "library_products_ms", "shapes_ms",
+        "foreseen_ms", "foreseen_images_per_s", "foreseen_mfu", "foreseen_launches", "foreseen_absent",
     }  # fmt: skip
     assert wanted <= row.keys()
     assert row["provider"] == "plain" and row["steps"] == 5 and row["mfu_of_datasheet"] is None
     tflops = row["images_per_s"] * row["gflop_per_image"] / 1e3
     assert row["mfu_of_matmul"] == pytest.approx(tflops / row["matmul_tflop_per_s"])
-    assert "img/s" in capsys.readouterr().out
+    assert row["mfu_of_shapes"] == pytest.approx(row["shapes_ms"] / row["ms"])
+    assert 0 < row["library_products_ms"] < row["shapes_ms"]
+    assert row["foreseen_ms"] is None and "is not among H200, H100, A100" in row["foreseen_absent"]
+    assert row["kernels"].startswith("C++" if native.ready() else "references (")
+    said = capsys.readouterr().out
+    assert "img/s" in said and f"; nothing foreseen: {row['foreseen_absent']}" in said
+
+
+def test_what_was_foreseen_stands_beside_what_was_measured():
+    config, model = METHODS["mae"](), MODEL
+    known = beside(config, model, batch=8, precision="bf16", device="NVIDIA H100 80GB HBM3", engine="plain")
+    words = throughput.foreseen_words({**known, "ms": 2 * known["foreseen_ms"]})
+    assert words.startswith(f"; 50 % of the foreseen {known['foreseen_images_per_s']:.1f} img/s (")
+    assert throughput.foreseen_words({"ms": 1.0}) == ""  # of a peer nothing is
+
+
+@pytest.mark.parametrize("role", ["forward", "data gradient", "weight gradient"])
+def test_products_are_timed_at_their_shape_and_in_their_layout(role):
+    ops = ledger(METHODS["mae"](decoder=DECODER), MODEL, batch=3, precision="fp32", engine="plain")
+    op = next(op for op in ops if op.role == role)
+    call = throughput.product(op)
+    assert call().shape == op.product[1:3]
+    a, b = call.args
+    assert (a.is_contiguous(), b.is_contiguous()) == (role != "weight gradient", role != "forward")
+
+
+def test_shapes_of_a_step_take_each_product_as_often_as_it_runs(monkeypatch):
+    config = METHODS["mae"](decoder=DECODER)
+    monkeypatch.setattr(throughput, "samples", lambda run, count: [1.0] * count)
+    monkeypatch.setattr(throughput, "copy_gb_per_s", lambda: 1.0)
+    monkeypatch.setattr(throughput, "matmul_tflop_per_s", lambda dtype: 1e-6)
+    products, rest = throughput.shapes_ms(config, MODEL, 3, "fp32", "plain")
+    ops = ledger(config, MODEL, batch=3, precision="fp32", engine="plain")
+    assert products == sum(op.count for op in ops if op.product)
+    attention = sum(op.count * op.flops for op in ops if op.name.startswith("attention")) / 1e3
+    others = sum(op.count * op.bytes for op in ops if not op.product and not op.flops) / 1e6
+    assert rest == pytest.approx(attention + others)
 
 
 def test_pytorch_alone_is_enough(tmp_path):
