@@ -56,10 +56,9 @@ class Files(Images):
         return self.root / self.names[sample_id]
 
     def read(self, sample_id: int) -> bytes:
-        # a list may name a pipe, which would make us wait for ever
-        descriptor = os.open(os.path.join(self.root, self.names[sample_id]), os.O_RDONLY | os.O_NONBLOCK)
-        with open(descriptor, "rb", buffering=0) as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        path = os.path.join(self.root, self.names[sample_id])
+        with open(path, "rb", buffering=0, opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise OSError(errno.EINVAL, "a pipe, socket or device, no file")
             data = file.read()
         if is_pointer(data):
@@ -77,6 +76,11 @@ class Files(Images):
     def _names_and_sizes(self, start: int) -> str:
         names = self.names[start : start + STAT_CHUNK]
         return "".join(f"{name}\0{_size(os.path.join(self.root, name))}\n" for name in names)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """A list may name a pipe, which would have us wait for ever for somebody to write."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def kept_folder(path: Path) -> Files | None:
@@ -144,11 +148,11 @@ def open_list(path: Path) -> Files:
 
 
 def _parse(path: Path, left_out: LeftOut) -> tuple[list[str], tuple[str, ...], np.ndarray | None]:
-    rows = {}
+    rows, root = {}, str(path.parent)
     for i, line in enumerate(_lines(path), 1):
         name, *label = line.split("\t")
-        name = _meant(path.parent, name)
-        if name.startswith("#") and not os.path.lexists(path.parent / name):
+        name = _meant(root, name)
+        if name.startswith("#") and not os.path.lexists(os.path.join(root, name)):
             left_out.add("comment")
         elif line.strip():
             rows[i] = [name, *label]
@@ -177,12 +181,12 @@ def _lines(path: Path) -> list[str]:
     return [line.removesuffix("\r") for line in text.split("\n")]
 
 
-def _meant(root: Path, name: str) -> str:
+def _meant(root: str, name: str) -> str:
     """A path as it is written, if it exists or looks like one; else without what is around it."""
     bare = name.strip()
     if len(bare) > 1 and bare[0] == bare[-1] and bare[0] in QUOTES:
         bare = bare[1:-1]
-    return name if bare == name or "\0" in name or os.path.lexists(root / name) else bare
+    return name if bare == name or "\0" in name or os.path.lexists(os.path.join(root, name)) else bare
 
 
 # --- what lies in a folder ---------------------------------------------------------------------------

@@ -72,18 +72,26 @@ def find_images(path: Path, *, refresh: bool = False) -> Images:
 
 def _open(path: Path) -> Images:
     if not path.exists():
-        files = [] if path.is_symlink() else sorted(_matching(str(path)))
-        if not files:
+        choices = [] if path.is_symlink() else list(_matching(str(path)))
+        if not any(choices):
             why = "is a link that leads nowhere" if path.is_symlink() else "does not exist"
             raise ValueError(f"want {ACCEPTED}, got {plain(str(path))}: it {why}")
-        return _open_shards(path, files, named="{" in path.name)
+        for files in choices:  # of braces: they name what is to be mixed
+            _check_splits(path, files)
+        return _open_shards(path, sorted({file for files in choices for file in files}))
     if path.is_dir():
         found = only_shards(path) or walk(path)
+        if found.images and all(shard.lower().endswith(COMPRESSED) for shard in found.shards):
+            for shard in found.shards:  # what was downloaded and unpacked
+                found.left_out.add_file(shard)
+            return open_folder(path, found)
         if not found.shards:
             return open_folder(path, found)
         if found.images:
             raise ValueError(_mixed(path, found))
-        images = _open_shards(path, sorted(os.path.join(path, shard) for shard in found.shards))
+        files = sorted(os.path.join(path, shard) for shard in found.shards)
+        _check_splits(path, files)
+        images = _open_shards(path, files)
         if read_manifest(path) is None:
             images.left_out += found.left_out
         return images
@@ -94,26 +102,21 @@ def _open(path: Path) -> Images:
 
 
 def _mixed(path: Path, found: Found) -> str:
-    shards = min(found.shards)
-    pattern = path / shards.replace(os.path.basename(shards), f"*{Path(shards).suffix}")
+    shard = Path(min(found.shards))
+    pattern = path / shard.with_name(f"*{shard.suffix}")
     return plain(
         f"{path} holds {len(found.shards)} shards, and beside them {min(found.images)}: name the shards by a"
         f" pattern, as {pattern}, or the images by their folder"
     )
 
 
-def _open_shards(path: Path, files: list[str], *, named: bool = False) -> Images:
-    """`named`: whether the splits that they are of, if there are several, were called by their names."""
+def _open_shards(path: Path, files: list[str]) -> Images:
     for file in files:
         _check_file(Path(file))
     kinds = {_kind(file) for file in files}
     if len(kinds) > 1:
         raise ValueError(f"want shards of one kind, got {' and '.join(sorted(kinds))} files in {path}")
-    full = [os.path.abspath(file) for file in files]
-    root = Path(os.path.commonpath([os.path.dirname(file) for file in full]))
-    names = [os.path.relpath(file, root) for file in full]
-    if not named:
-        _check_splits(path, root, names)
+    root, names = _below(files)
     if kinds == {".tar"}:
         manifest = read_manifest(root)
         if manifest and not manifest["complete"]:
@@ -130,8 +133,18 @@ def _check_file(path: Path) -> None:
         raise ValueError(f"want {ACCEPTED}, got {plain(str(path))}: it is {what}")
 
 
-def _check_splits(path: Path, root: Path, names: Sequence[str]) -> None:
+def _below(files: Sequence[str]) -> tuple[Path, list[str]]:
+    """The folder that all lie in, and their paths relative to it."""
+    full = [os.path.abspath(file) for file in files]
+    root = os.path.commonpath([os.path.dirname(file) for file in full])
+    return Path(root), [os.path.relpath(file, root) for file in full]
+
+
+def _check_splits(path: Path, files: Sequence[str]) -> None:
     """ValueError if shards are of several splits: nobody asked for a test set among what is trained on."""
+    if not files:
+        return
+    root, names = _below(files)
     first: dict[str, str] = {}
     for name in names:
         first.setdefault(_split(name), name)
@@ -175,8 +188,10 @@ def _kind(file: str) -> str:
     raise ValueError(f"want {ACCEPTED}, got {file}: it is a file of another format{start}")
 
 
-def _matching(pattern: str) -> Iterator[str]:
-    """Files of a pattern with `{0..9}`, `{a,b}`, `*`, `?`, `[]`. ValueError if one of a range is missing.
+def _matching(pattern: str) -> Iterator[list[str]]:
+    """Files of a pattern with `{0..9}`, `{a,b}`, `*`, `?`, `[]`, for each choice of its braces.
+
+    ValueError if one of a range is missing.
 
     Names that exist are taken as they are, as far as they do: what is behind them is the pattern.
     """
@@ -190,7 +205,7 @@ def _matching(pattern: str) -> Iterator[str]:
             raise ValueError(
                 f"want every shard of {plain(pattern)}, got none at {plain(folder + plain_rest)}"
             )
-        yield from found
+        yield found
 
 
 def _existing(folder: str, parts: Sequence[str]) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Frozen features of a run's encoder, read by kNN or by ridge regression: `fastmim knn`, `fastmim ridge`."""
 
 import ast
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,8 @@ def labelled_features(
     images of a class lie together.
     """
     images = find_images(path)
+    if images.left_out:
+        print(f"left out of {path}: {images.left_out}", file=sys.stderr)
     if images.labels is None:
         raise ValueError(f"want images with labels, a folder of each class or shards that name it, in {path}")
     config, num = encoder.config, min(len(images), most or len(images))

@@ -147,6 +147,11 @@ def test_pipes_sockets_and_devices_are_counted_and_never_read(tmp_path):
     for i in (1, 2):
         with pytest.raises(OSError, match="a pipe, socket or device, no file"):
             images.read(i)
+    (tmp_path / "l.txt").write_text(f"{tmp_path}\n")
+    images, held = find_images(tmp_path / "l.txt"), len(os.listdir("/proc/self/fd"))
+    with pytest.raises(IsADirectoryError):
+        images.read(0)
+    assert len(os.listdir("/proc/self/fd")) == held
 
 
 def test_labels_and_classes_that_are_not_there_are_said(tmp_path):
@@ -403,6 +408,8 @@ def test_parquet_of_a_repository_split_by_split(tmp_path):
     refused(tmp_path / "data" / "*.parquet", "holds the splits test, train")
     assert len(find_images(tmp_path / "data" / "train-*.parquet")) == 2
     assert len(find_images(tmp_path / "data" / "{train,test}-*.parquet")) == 3
+    assert len(find_images(tmp_path / "dat{a,a}" / "train-*.parquet")) == 2
+    refused(tmp_path / "dat{a,a}" / "*-0000{0..0}*.parquet", "holds the splits test, train")
 
 
 @pytest.mark.parametrize(
@@ -429,6 +436,13 @@ def test_splits_are_known_by_their_names(names, splits, tmp_path):
 
 STRANGE = ["br[1]{a}", "a*b", "what?", "{0..3}", "[!x]", "-x", "sp ace", "#1", "100%", "é", "e\u0301",
            "new\nline", "\udcff", "~", "$HOME", "'q'", 'd"q', "back\\slash", "{a,b}"]  # fmt: skip
+
+
+def test_archives_that_were_unpacked_are_counted(tmp_path):
+    write_folder(tmp_path, {"images/1.jpg": b"", "images.tar.gz": b"", "images/deep/x.TGZ": b""})
+    assert left_out(tmp_path) == "2 files that are no images by name (.gz 1, .tgz 1)"
+    (tmp_path / "images" / "1.jpg").unlink()
+    refused(tmp_path, "want an uncompressed tar")
 
 
 @pytest.mark.parametrize("name", STRANGE)

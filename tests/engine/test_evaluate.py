@@ -53,11 +53,14 @@ def test_features_are_those_of_the_encoder_it_was(run_dir, tmp_path):
 
 def test_the_command_prints_what_the_probe_says(run_dir, tmp_path, capsys, monkeypatch):
     train, test = labelled(tmp_path / "train", 40, 0), labelled(tmp_path / "test", 20, 100)
+    (test / "dark" / "x.heic").write_bytes(b"")
     monkeypatch.setattr(
         sys, "argv", ["fastmim", "knn", str(run_dir), "--train", str(train), "--test", str(test)]
     )
     cli.main()
-    lines = dict(line.strip().split("  ") for line in capsys.readouterr().out.splitlines())
+    said = capsys.readouterr()
+    assert said.err == f"left out of {test}: 1 file that is no image by its name (.heic 1)\n"
+    lines = dict(line.strip().split("  ") for line in said.out.splitlines())
     encoder = load_encoder(run_dir)
     known, y, _ = labelled_features(encoder, train, device=CPU, threads=1)
     asked, t, _ = labelled_features(encoder, test, device=CPU, threads=1)

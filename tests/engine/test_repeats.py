@@ -31,12 +31,14 @@ def losses(folder: Path) -> list[float]:
 
 def test_one_image_is_trained_on_for_epochs_of_many(one_image, tmp_path, capsys):
     run = repeated(one_image, tmp_path, steps=None, epochs=2.0)
+    (one_image / "notes.txt").write_text("")
     train(prepare(run))
     plan = json.loads((tmp_path / "config.json").read_text())["plan"]
     assert (plan["num_samples"], plan["steps_per_epoch"], plan["total_steps"]) == (40, 5, 10)
     assert len(set(losses(tmp_path))) == 10
     said = capsys.readouterr().out
     assert "2.3 kB of decoded images, in the memory of each rank" in said and "5 per 40 images" in said
+    assert said.count("left out  1 file that is no image by its name (.txt 1)\n") == 1
 
 
 def test_a_cache_changes_no_number_of_a_run(images, tmp_path):

@@ -87,7 +87,7 @@ FAULTS = [
     ),
     (
         FOLDER,
-        "if not stat.S_ISREG(os.fstat(descriptor).st_mode):",
+        "if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):",
         "if False:",
         "a pipe is an empty file",
         "pipes",
