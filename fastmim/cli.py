@@ -54,7 +54,12 @@ def data(arguments: list[str]) -> None:
     pack.add_argument("--quality", type=int, default=90, help="of resized JPEG and WebP (default: 90)")
     pack.add_argument("--shard-mb", type=int, default=256, help="largest shard, 10^6 bytes (default: 256)")
     verify = commands.add_parser(
-        "verify", help="which images are bad", description="Decode every image; exit 1 if one is bad."
+        "verify",
+        help="which images are bad",
+        description="Decode every image as a run does; exit 1 if one is bad.",
+    )
+    verify.add_argument(
+        "--decoder", choices=("dali", "pillow"), default="dali", help="that of the run (default: dali)"
     )
     index = commands.add_parser("index", help="index a set anew", description="Index a set anew.")
     stats = commands.add_parser("stats", help="what a set is like", description="Counts, sizes, colours.")

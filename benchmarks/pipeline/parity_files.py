@@ -5,6 +5,7 @@ what the levels are, scaled, and the difference to Pillow's conversion is said b
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from io import BytesIO
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.harness import DEVICE
 from benchmarks.pipeline import parity_reference as reference
-from fastmim.data.decoder import HW_DECODER_LOAD, DecoderName, Rejected, Request, make_decoder
+from fastmim.data.decoder import DecoderName, Rejected, Request, make_decoder
 from fastmim.data.draws import Draws
 from fastmim.data.header import image_size
 from fastmim.views import View
@@ -59,20 +60,17 @@ def decode(
         for one, box in zip(data, boxes_B4, strict=True):
             yield view_of(decoder, one, box, channels)
         return
-    from fastmim.data.dali import make_pipeline
-
-    pipe = make_pipeline(
-        [View(size=(1, 1))], batch=BATCH, channels=channels, threads=1, depth=1,
-        device=torch.device(DEVICE), hw_decoder_load=HW_DECODER_LOAD,
-    )  # fmt: skip
-    pipe.build()
-    for start in range(0, len(data), BATCH):
-        some = slice(start, start + BATCH)
-        pipe.feed_input("bytes", [np.frombuffer(x, np.uint8) for x in data[some]])
-        pipe.feed_input("start", np.ascontiguousarray(boxes_B4[some, :2]))
-        pipe.feed_input("shape", np.ascontiguousarray(boxes_B4[some, 2:]))
-        (found,) = pipe.run()
-        yield from (torch.from_numpy(np.array(x)) for x in found.as_cpu())
+    views = [View(size=(1, 1))]
+    with closing(
+        make_decoder(
+            "dali", views, batch=BATCH, channels=channels, threads=1, depth=1, device=torch.device(DEVICE)
+        )
+    ) as dali:
+        for start in range(0, len(data), BATCH):
+            some = slice(start, start + BATCH)
+            boxes = boxes_B4[some]
+            dali.submit(Request(list(data[some]), Draws({0: boxes}, {0: np.zeros(len(boxes), bool)}, {}, {})))
+            yield from (image.cpu() for image in dali.decoded()[0])
 
 
 def view_of(decoder: DecoderName, data: bytes, box: np.ndarray, channels: int = 3) -> Tensor:

@@ -15,20 +15,19 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastmim.data.bad import BadFiles, try_read
+from fastmim.data.bad import BadFiles
 from fastmim.data.config import DataConfig
-from fastmim.data.decoder import Decoder, Rejected, Request, cut_views, make_decoder
+from fastmim.data.decoder import cut_views, make_decoder
 from fastmim.data.draws import draw_views
 from fastmim.data.images import Images
-from fastmim.data.scan import in_order
 from fastmim.data.sizes import Sizes, bar, bytes_as_text, cache_device, look_at_sizes
 from fastmim.data.supply import Place, to_device
+from fastmim.data.whole import decode_all
 from fastmim.views import View
 
 CHUNK = 64  # images decoded at a time
@@ -106,7 +105,7 @@ def fill(
             hw_decoder_load=config.hw_decoder_load,
         )
     ) as decoder:
-        decoded = _decode(decoder, images, threads)
+        decoded = decode_all(decoder, images, chunk=CHUNK, threads=threads)
         for image_id, image in bar(decoded, len(images), "decoding", quiet=quiet):
             [place] = cache.images(np.array([image_id]))
             if isinstance(image, Tensor) and image.shape != place.shape:
@@ -117,26 +116,3 @@ def fill(
                 place.copy_(image)
     shown_N = np.array([bad.replacement(image_id) for image_id in range(len(images))])
     return Cache(buffer, starts_N[shown_N], sizes.sizes_N2[shown_N], channels)
-
-
-def _decode(decoder: Decoder, images: Images, threads: int) -> Iterator[tuple[int, Tensor | str]]:
-    """Every image decoded whole, or why it cannot be; in order, but for those."""
-    reads = enumerate(in_order(lambda image_id: try_read(images, image_id), range(len(images)), threads))
-    while reading := list(islice(reads, CHUNK)):
-        chunk: dict[int, bytes] = {}
-        for image_id, read in reading:
-            if isinstance(read, str):
-                yield image_id, read
-            else:
-                chunk[image_id] = read[0]
-        while chunk:
-            decoder.submit(Request([*chunk.values()]))
-            try:
-                pixels, _ = decoder.decoded()
-            except Rejected as rejected:
-                bad = {[*chunk][slot]: reason for slot, reason in rejected.slots.items()}
-                yield from bad.items()
-                chunk = {image_id: data for image_id, data in chunk.items() if image_id not in bad}
-            else:
-                yield from zip(chunk, pixels, strict=True)
-                break

@@ -7,14 +7,13 @@ Source  Resize and CenterCrop of pytorch/vision on PIL images; 256 and 224 pixel
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 from fastmim_kernels import resized_crop
 from torch import Tensor
 
-from fastmim.data.header import BadImage
+from fastmim.data.bad_image import BadImage
 from fastmim.data.images import Images
-from fastmim.data.pillow import MODE, as_bytes
+from fastmim.data.pixels import as_array
 from fastmim.data.scan import in_order, read_image
 
 FRACTION = 224 / 256
@@ -57,8 +56,7 @@ def centre_crops(
             raise ValueError(
                 f"{images.names[sample_id]} in {images.root} cannot be decoded: {error}"
             ) from None
-        pixels = np.array(as_bytes(image).convert(MODE[channels]))
-        return centre_crop(torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)), size, fraction)
+        return centre_crop(torch.from_numpy(as_array(image, channels)), size, fraction)
 
     ids = range(len(images)) if ids is None else ids
     crops: list[Tensor] = []

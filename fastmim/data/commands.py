@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from fastmim.data.images import Images
@@ -44,7 +45,8 @@ def _verify(args: Namespace) -> int:
     images = find_images(args.path)
     bad = 0
     with _bar(len(images), "verify") as bar:
-        for sample_id, reason in verify(images, args.workers):
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where a run decodes
+        for sample_id, reason in verify(images, args.workers, args.decoder, device):
             bar.update(1)
             if reason is not None:
                 bad += 1

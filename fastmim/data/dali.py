@@ -6,35 +6,39 @@ DALI decodes and does no more: its bicubic resize takes longer than the decoding
 Pillow's stays inside. No draw happens in it: boxes are inputs, so it has no state and restarts anywhere.
 EXIF orientation is ignored, as torchvision's and Pillow's pipelines do.
 
-Bad files   One that cannot be decoded kills the pipeline: it is found by decoding one at a time, and a new
-            pipeline is built. One that cannot be parsed kills the process: DALI 2.4 unwinds while its threads
-            still work on the others of the batch. So nvImageCodec's parser, which is DALI's, is asked first,
-            and DALI gets a pixel of our own in that slot.
-Limits      Its JPEG 2000 decoder crashes on some broken files: Pillow decodes these first.
+What it decodes   Plain JPEGs, `pixels.plain_jpeg_size`. Everything else is decoded by threads of our own as
+                  `pixels` says, whose values are the rule, and DALI gets a pixel of our own in that slot.
+Bad files         One that cannot be decoded kills the pipeline: it is found by decoding one at a time, and a
+                  new pipeline is built. One that cannot be parsed kills the process: DALI 2.4 unwinds while
+                  its threads still work on the others of the batch. So nvImageCodec's parser, which is
+                  DALI's, is asked first. What DALI refuses, `pixels` judges, so that a file is good or bad
+                  for every decoder alike, and the reason is the same.
 """
 
 import re
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
-from io import BytesIO
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, types
 from nvidia.nvimgcodec import CodeStream  # DALI needs it itself
-from PIL import Image
 from torch import Tensor
 
 from fastmim.data.decoder import Rejected, Request, cut_views
 from fastmim.data.draws import Draws
-from fastmim.data.header import FORMATS
+from fastmim.data.pillow import holds_boxes, rejected_of
+from fastmim.data.pixels import decode_array, plain_jpeg_size
+from fastmim.data.supply import to_device
 from fastmim.views import View
 
 COLOUR = {3: types.DALIImageType.RGB, 1: types.DALIImageType.GRAY}
-PIXEL = b"P6\n1 1\n255\n\0\0\0"  # stands where a file cannot be parsed; nobody sees it
+PIXEL = b"P6\n1 1\n255\n\0\0\0"  # stands where DALI decodes nothing; nobody sees it
 
 
 def make_pipeline(
@@ -77,6 +81,14 @@ def make_pipeline(
     return pipe
 
 
+@dataclass
+class Work:
+    """A request in the pipeline, and the images of it that our own threads decode, by slot."""
+
+    request: Request
+    ours: dict[int, Future[Tensor]]
+
+
 class DaliDecoder:
     """`decoder.Decoder` on a DALI pipeline whose prefetch queue holds `depth` requests."""
 
@@ -96,7 +108,10 @@ class DaliDecoder:
             make_pipeline, views, channels=channels, threads=threads, device=device,
             hw_decoder_load=hw_decoder_load,
         )  # fmt: skip
-        self._requests: deque[tuple[Request, dict[int, str]]] = deque()  # and what DALI must not see of it
+        self._channels = channels
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="pixels")
+        self._refused: set[bytes] = set()  # digests of what DALI cannot decode
+        self._work: deque[Work] = deque()
         self._restart()
 
     def _build(self, batch: int, depth: int) -> Pipeline:
@@ -105,50 +120,85 @@ class DaliDecoder:
         return pipe
 
     def _restart(self) -> None:
-        self._requests.clear()
+        for work in self._work:
+            for task in work.ours.values():
+                task.cancel()
+        self._work.clear()
         self._running = False
         self._pipe = self._build(self._batch, self._depth)
 
     def submit(self, request: Request) -> None:
-        unfit = _unfit(request)
-        _feed(self._pipe, *_without(unfit, request))
-        self._requests.append((request, unfit))
-        if self._running or len(self._requests) == self._depth:
+        ours = {
+            slot: self._pool.submit(self._decode, data)
+            for slot, data in enumerate(request.data)
+            if not self._takes(data, request.draws, slot)
+        }
+        _feed(self._pipe, *_without(ours, request))
+        self._work.append(Work(request, ours))
+        if self._running or len(self._work) == self._depth:
             self._pipe.schedule_run()  # the first call starts all `depth` requests, later ones one each
             self._running = True
+
+    def _takes(self, data: bytes, draws: Draws, slot: int) -> bool:
+        """Whether DALI gets these: a plain JPEG, of the size that its own parser sees, holding the box."""
+        size = plain_jpeg_size(data)
+        if size is None or (self._refused and _digest(data) in self._refused):
+            return False
+        try:
+            stream = CodeStream(data)
+        except RuntimeError:
+            return False
+        return size == (stream.height, stream.width) and holds_boxes(size, draws, slot)
+
+    def _decode(self, data: bytes) -> Tensor:
+        return torch.from_numpy(decode_array(data, self._channels))
 
     def result(self) -> tuple[Tensor, ...]:
         return cut_views(self._views, *self.decoded())
 
     def decoded(self) -> tuple[list[Tensor], Draws]:
-        assert len(self._requests) == self._depth, "result() needs a full queue"
-        request, unfit = self._requests[0]
-        if unfit:
-            self._restart()
-            raise Rejected(unfit)
-        try:
-            images = _decoded(self._pipe, self._device)
-        except RuntimeError as error:
-            slots = self._find_rejected(request, str(error))
-            self._restart()
-            if not slots:  # every image can be decoded alone: this is about something else
-                raise
-            raise Rejected(slots) from None
-        self._requests.popleft()
+        assert len(self._work) == self._depth, "result() needs a full queue"
+        while True:
+            request, ours = self._work[0].request, self._work[0].ours
+            if errors := rejected_of(ours, request.draws):
+                self._restart()
+                raise Rejected(errors)
+            try:
+                images = _decoded(self._pipe, self._device)
+            except RuntimeError as error:
+                slots = self._find_refused(request, str(error), ours.keys())
+                if not slots:  # every image can be decoded alone: this is about something else
+                    self._restart()
+                    raise
+                self._refused |= {_digest(request.data[slot]) for slot in slots}
+                self._again()
+            else:
+                break
+        self._work.popleft()
+        for slot, task in ours.items():
+            images[slot] = to_device(_cut(task.result(), slot, request.draws), self._device)
         draws = request.draws
         if len(draws.boxes) == 1:  # what was decoded is the box
             draws = replace(draws, boxes={crop: _from_the_corner(cut) for crop, cut in draws.boxes.items()})
         return images, draws
 
-    def _find_rejected(self, request: Request, message: str) -> dict[int, str]:
-        named = [int(slot) for slot in re.findall(r"sample #(\d+)", message)]
-        others = [slot for slot in range(len(request.data)) if slot not in named]
-        for suspects in (named, others):
-            if slots := self._refused(request, suspects):
-                return {slot: f"DALI cannot decode it; {_pillows(request.data[slot])}" for slot in slots}
-        return {}
+    def _again(self) -> None:
+        """The same requests from the start, without what DALI refused."""
+        requests = [work.request for work in self._work]
+        self._restart()
+        for request in requests:
+            self.submit(request)
 
-    def _refused(self, request: Request, suspects: Sequence[int]) -> list[int]:
+    def _find_refused(self, request: Request, message: str, ours: Iterable[int]) -> list[int]:
+        """Slots that DALI cannot decode: of those its error names, else of all that it was given."""
+        given = [slot for slot in range(len(request.data)) if slot not in ours]
+        named = {int(slot) for slot in re.findall(r"sample #(\d+)", message)}
+        first = [slot for slot in given if slot in named]
+        return self._refused_of(request, first) or self._refused_of(
+            request, [slot for slot in given if slot not in named]
+        )
+
+    def _refused_of(self, request: Request, suspects: Sequence[int]) -> list[int]:
         """Those of the suspects that DALI cannot decode alone."""
         pipe, refused = None, []
         for slot in suspects:
@@ -164,26 +214,22 @@ class DaliDecoder:
         return refused
 
     def close(self) -> None:
-        self._requests.clear()
+        self._work.clear()
+        self._pool.shutdown(wait=False, cancel_futures=True)
         del self._pipe
 
 
-def _unfit(request: Request) -> dict[int, str]:
-    """Slots whose bytes must not come to DALI, and why."""
-    reasons = {}
-    for slot, data in enumerate(request.data):
-        try:
-            stream = CodeStream(data)
-            height, width, codec = stream.height, stream.width, stream.codec_name
-        except RuntimeError:
-            reasons[slot] = f"DALI cannot read its structure; {_pillows(data)}"
-            continue
-        ends = [box[slot, :2] + box[slot, 2:] for box in request.draws.boxes.values()]
-        if any(bottom > height or right > width for bottom, right in ends):
-            reasons[slot] = f"DALI sees {height} x {width} pixels in it, the header says more"
-        elif codec == "jpeg2k" and (damage := _damage(data)):
-            reasons[slot] = f"Pillow: {damage}"
-    return reasons
+def _digest(data: bytes) -> bytes:
+    return blake2b(data, digest_size=16).digest()
+
+
+def _cut(image: Tensor, slot: int, draws: Draws) -> Tensor:
+    """Of a whole image what the pipeline would give: the box, where there is one."""
+    if len(draws.boxes) != 1:
+        return image
+    [boxes] = draws.boxes.values()
+    top, left, height, width = boxes[slot].tolist()
+    return image[top : top + height, left : left + width].contiguous()
 
 
 def _without(slots: Iterable[int], request: Request) -> tuple[list[bytes], dict[int, np.ndarray]]:
@@ -218,18 +264,3 @@ def _decoded(pipe: Pipeline, device: torch.device) -> list[Tensor]:
 
 def _from_the_corner(boxes: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros_like(boxes[:, :2]), boxes[:, 2:]], axis=1)
-
-
-def _pillows(data: bytes) -> str:
-    """DALI writes its reason to stderr only; Pillow's is as good, where it refuses the file too."""
-    damage = _damage(data)
-    return f"Pillow: {damage}" if damage else "Pillow can (--data.decoder pillow)"
-
-
-def _damage(data: bytes) -> str | None:
-    try:
-        with Image.open(BytesIO(data), formats=FORMATS) as image:
-            image.load()
-    except Exception as error:  # broken bytes make Pillow's plugins raise almost anything
-        return f"{type(error).__name__}: {error}"
-    return None

@@ -126,6 +126,7 @@ def check_decoder(name: DecoderName, channels: int) -> None:
     if obstacle:
         raise ValueError(
             f"data.decoder: want dali, but {obstacle}; install it or choose --data.decoder pillow"
+            " (fastmim data verify: --decoder pillow)"
         )
 
 

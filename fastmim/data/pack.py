@@ -31,7 +31,8 @@ from zlib import crc32
 import numpy as np
 from PIL import __version__
 
-from fastmim.data.header import EXTENSIONS, BadImage
+from fastmim.data.bad_image import BadImage
+from fastmim.data.header import EXTENSIONS
 from fastmim.data.images import Images
 from fastmim.data.index import Names, remove_remains, write_whole
 from fastmim.data.resize import resized
@@ -40,7 +41,7 @@ from fastmim.data.source import MANIFEST, read_manifest
 from fastmim.data.tar import PLACES, key_of, write_shard_index
 
 BLOCK, RECORD = tarfile.BLOCKSIZE, tarfile.RECORDSIZE
-SUFFIX = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif"}
+SUFFIX = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif"}
 SUFFIX |= {"PPM": ".ppm", "JPEG2000": ".jp2"}  # of names that have none
 
 Packed = tuple[bytes, str] | BadImage  # bytes and suffix of their format, or why there are none
@@ -277,7 +278,7 @@ def _member_names(names: Names) -> Names:
 def _packed(images: Images, config: PackConfig, threads: int, start: int) -> Iterator[tuple[int, Packed]]:
     def work(sample_id: int) -> tuple[int, Packed]:
         try:
-            data, image = read_image(images, sample_id)
+            data, image = read_image(images, sample_id, deep=True)
         except BadImage as error:
             return sample_id, error
         suffix = SUFFIX[image.format or ""]

@@ -1,6 +1,6 @@
 """The decoder for machines without DALI, chosen by name: Pillow in a pool of threads.
 
-    encoded bytes -> decode whole -> RGB or grey; then, outside of it, `decoder.cut_views`
+    encoded bytes -> `pixels.decode_array` -> RGB or grey; then, outside of it, `decoder.cut_views`
 
 With the crop, resize and flip of that it is the pipeline of torchvision's ImageFolder, RandomResizedCrop and
 RandomHorizontalFlip, and what the graph of DALI is compared with. `Image.draft`, which decodes JPEGs at a
@@ -8,22 +8,18 @@ fraction of their size, is not used: it is another filter.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from io import BytesIO
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from fastmim.data.bad_image import BadImage
 from fastmim.data.decoder import Rejected, Request, cut_views
 from fastmim.data.draws import Draws
-from fastmim.data.header import FORMATS
+from fastmim.data.pixels import decode_array
 from fastmim.data.supply import to_device
 from fastmim.views import View
-
-MODE = {3: "RGB", 1: "L"}
 
 
 class PillowDecoder:
@@ -55,19 +51,14 @@ class PillowDecoder:
     def decoded(self) -> tuple[list[Tensor], Draws]:
         assert len(self._working) == self._depth, "result() needs a full queue"
         request, tasks = self._working[0]
-        errors = {slot: error for slot, task in enumerate(tasks) if (error := task.exception())}
-        if errors:
+        if errors := rejected_of(dict(enumerate(tasks)), request.draws):
             self._forget()
-            raise Rejected(
-                {slot: f"Pillow: {type(error).__name__}: {error}" for slot, error in errors.items()}
-            )
+            raise Rejected(errors)
         self._working.popleft()
         return [task.result() for task in tasks], request.draws
 
     def _decode(self, data: bytes) -> Tensor:
-        with Image.open(BytesIO(data), formats=FORMATS) as opened:
-            image = as_bytes(opened).convert(MODE[self._channels])
-        return torch.from_numpy(np.array(image).reshape(image.height, image.width, self._channels))
+        return torch.from_numpy(decode_array(data, self._channels))
 
     def _forget(self) -> None:
         for _, tasks in self._working:
@@ -80,8 +71,19 @@ class PillowDecoder:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def as_bytes(image: Image.Image) -> Image.Image:
-    """16-bit grey scaled to 8 bits, as DALI does; Pillow's own conversion would clip it to white."""
-    if not image.mode.startswith("I"):
-        return image
-    return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+def rejected_of(tasks: Mapping[int, Future[Tensor]], draws: Draws) -> dict[int, str]:
+    """Slots whose task found a bad image, or one without the box drawn in it, and why; waits for all."""
+    reasons: dict[int, str] = {}
+    for slot, task in tasks.items():
+        error = task.exception()
+        if isinstance(error, BadImage):
+            reasons[slot] = str(error)
+        elif not holds_boxes(size := tuple(task.result().shape[:2]), draws, slot):
+            reasons[slot] = f"it has {size[0]} x {size[1]} pixels, a box drawn in it ends beyond"
+    return reasons
+
+
+def holds_boxes(size: tuple[int, ...], draws: Draws, slot: int) -> bool:
+    """Whether every box of a slot lies within an image of (height, width) `size`."""
+    ends = [box[slot, :2] + box[slot, 2:] for box in draws.boxes.values()]
+    return not any(bottom > size[0] or right > size[1] for bottom, right in ends)

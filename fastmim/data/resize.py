@@ -1,12 +1,16 @@
 """An image at most so large, encoded again in its own format.
 
-Pillow's bicubic filter, which is antialiased and the filter of the views. Colours of a palette and pixels of
-one bit cannot be averaged: these become RGB or RGBA, and grey. Of what is not pixels the orientation is kept.
+Pillow's bicubic filter, which is antialiased and the filter of the views, on the pixels that the views show:
+alpha is dropped, and what lies deep is by the rule of `pixels`; grey of more than 8 bits keeps 16. Colours of
+a palette and pixels of one bit cannot be averaged: these become RGB and grey. Of what is not pixels the
+orientation is kept.
 """
 
 from io import BytesIO
 
 from PIL import Image
+
+from fastmim.data import png
 
 ORIENTATION = 0x0112  # EXIF
 
@@ -17,15 +21,22 @@ def resized(data: bytes, image: Image.Image, short_side: int | None, quality: in
         return data
     scale = short_side / min(image.size)
     size = round(image.width * scale), round(image.height * scale)
-    kept = Image.Exif()
-    if orientation := image.getexif().get(ORIENTATION):
+    kept, form = Image.Exif(), image.format
+    orientation = _orientation(data, form)
+    if image.mode in ("P", "1"):  # numbers of colours cannot be averaged
+        image = image.convert("RGB" if image.mode == "P" else "L")
+    if orientation:
         kept[ORIENTATION] = orientation
-    form = "JPEG" if image.format == "MPO" else image.format
-    if image.mode in ("P", "PA"):  # numbers of colours cannot be averaged
-        image = image.convert("RGBA" if image.mode == "PA" or "transparency" in image.info else "RGB")
-    elif image.mode == "1":
-        image = image.convert("L")
     small, file = image.resize(size, Image.Resampling.BICUBIC), BytesIO()
     small.info.clear()  # profiles, comments and thumbnails would be written
     small.save(file, form, quality=quality, **({"exif": kept} if orientation else {}))
     return file.getvalue()
+
+
+def _orientation(data: bytes, form: str | None) -> int | None:
+    """The EXIF orientation of a file, or none that can be read."""
+    try:
+        with Image.open(BytesIO(png.only_pixels(data) if form == "PNG" else data)) as opened:
+            return opened.getexif().get(ORIENTATION)
+    except Exception:  # it is not of the pixels: a picture without it is whole
+        return None

@@ -3,36 +3,25 @@
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from io import BytesIO
 from typing import TypeVar
 
 from PIL import Image
 
-from fastmim.data.header import FORMATS, BadImage, image_size
+from fastmim.data.bad_image import BadImage
 from fastmim.data.images import Images
+from fastmim.data.pixels import decode
 
 T = TypeVar("T")
 AHEAD = 4  # images in work per thread
 
 
-def read_image(images: Images, sample_id: int) -> tuple[bytes, Image.Image]:
-    """The bytes of a sample and what they decode to, as stored. BadImage, which says why, if they do not."""
+def read_image(images: Images, sample_id: int, *, deep: bool = False) -> tuple[bytes, Image.Image]:
+    """The bytes of a sample and what `pixels.decode` makes of them. BadImage, which says why, if nothing."""
     try:
         data = images.read(sample_id)
     except OSError as error:
         raise BadImage(f"{type(error).__name__}: {error.strerror}") from None
-    return data, decode(data)
-
-
-def decode(data: bytes) -> Image.Image:
-    """All pixels of an image that the loader would take. BadImage if there are none."""
-    image_size(data)
-    try:
-        image = Image.open(BytesIO(data), formats=FORMATS)
-        image.load()
-    except Exception as error:  # broken bytes make Pillow's plugins raise almost anything
-        raise BadImage(f"{type(error).__name__}: {error}") from None
-    return image
+    return data, decode(data, deep=deep)
 
 
 def in_order(work: Callable[[int], T], sample_ids: Sequence[int], threads: int) -> Iterator[T]:

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from fastmim.data.header import BadImage
+from fastmim.data.bad_image import BadImage
 from fastmim.data.images import Images
+from fastmim.data.pixels import as_array
 from fastmim.data.scan import in_order, read_image
 
 SAMPLE = 2000  # images
@@ -57,7 +58,7 @@ def _one(images: Images, sample_id: int) -> One | None:
         data, image = read_image(images, sample_id)
     except BadImage:
         return None
-    form, pixels = image.format or "", np.asarray(image.convert("RGB")).reshape(-1, 3)
+    form, pixels = image.format or "", as_array(image, 3).reshape(-1, 3)
     # exact: a histogram is integers, and small where the pixels are not
     histogram = np.stack([np.bincount(pixels[:, c], minlength=256) for c in range(3)])
     values = np.arange(256)

@@ -1,26 +1,34 @@
-"""Which images of a source cannot be read and decoded whole, and why; which shards are not as packed."""
+"""Which images of a source a run would not show, and why; which shards are not as packed.
+
+The decoder that will train is asked, every image decoded whole: what it refuses here it refuses there.
+"""
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from fastmim.data.header import BadImage
+import torch
+from torch import Tensor
+
+from fastmim.data.decoder import DecoderName, make_decoder
 from fastmim.data.images import Images
 from fastmim.data.pack import is_as_packed
-from fastmim.data.scan import in_order, read_image
+from fastmim.data.whole import decode_all
+
+CHANNELS = 3  # no image is bad in grey and good in colour, or the other way round
 
 
-def verify(images: Images, threads: int) -> Iterator[tuple[int, str | None]]:
-    """Every sample id, in order, and why it is bad, or None for a good one."""
-
-    def reason(sample_id: int) -> str | None:
-        try:
-            read_image(images, sample_id)
-        except BadImage as error:
-            return str(error)
-        return None
-
-    yield from enumerate(in_order(reason, range(len(images)), threads))
+def verify(
+    images: Images, threads: int, decoder: DecoderName, device: torch.device
+) -> Iterator[tuple[int, str | None]]:
+    """Every sample id, in order, and why it is bad, or None. ValueError where that decoder cannot be had."""
+    chunk = 2 * threads
+    with closing(
+        make_decoder(decoder, (), batch=chunk, channels=CHANNELS, threads=threads, depth=1, device=device)
+    ) as decoding:
+        for sample_id, image in decode_all(decoding, images, chunk=chunk, threads=threads):
+            yield sample_id, None if isinstance(image, Tensor) else image
 
 
 def changed_shards(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 TESTS = ["tests/data/test_cache.py"]
 CACHE, SIZES, LOADER = "fastmim/data/cache.py", "fastmim/data/sizes.py", "fastmim/data/loader.py"
+WHOLE = "fastmim/data/whole.py"
 BAD, CONFIG, DALI = "fastmim/data/bad.py", "fastmim/data/config.py", "fastmim/data/dali.py"
 SAME = "same_batches_with and pillow"
 FAULTS = [
@@ -28,16 +29,16 @@ FAULTS = [
         "replaced",
     ),
     (
-        CACHE,
-        "chunk = {image_id: data for image_id, data in chunk.items() if image_id not in bad}",
-        "chunk = {}",
+        WHOLE,
+        "waiting = {image_id: data for image_id, data in waiting.items() if image_id not in bad}",
+        "waiting = {}",
         "one bad image takes the others of its chunk with it",
         "replaced",
     ),
     (
-        CACHE,
-        "            if isinstance(read, str):\n                yield image_id, read\n            else:",
-        "            if not isinstance(read, str):",
+        WHOLE,
+        "        for image_id, read in reading.items():\n",
+        "        for image_id, read in ((i, x) for i, x in reading.items() if not isinstance(x, str)):\n",
         "files that cannot be read are not named",
         "replaced or named",
     ),

@@ -6,27 +6,28 @@ TESTS = [
     "tests/data/test_leaks.py",
     "tests/data/test_loader.py",
     "tests/data/test_decoders.py",
+    "tests/data/test_pixels.py",
     "tests/engine/test_refusals.py",
     "tests/benchmarks/test_loader.py",
     "tests/benchmarks/test_table.py",
 ]
 LOADER, FILES, BAD = "fastmim/data/loader.py", "fastmim/data/files.py", "fastmim/data/bad.py"
-DALI, HEADER = "fastmim/data/dali.py", "fastmim/data/header.py"
+DALI, HEADER, JPEG = "fastmim/data/dali.py", "fastmim/data/header.py", "fastmim/data/jpeg.py"
 DRAWS, ORDER, PILLOW = "fastmim/data/draws.py", "fastmim/data/order.py", "fastmim/data/pillow.py"
 RACE, PROVIDERS = "benchmarks/pipeline/loader.py", "benchmarks/pipeline/providers.py"
 TABLE, SOAK = "benchmarks/pipeline/table.py", "benchmarks/pipeline/soak.py"
 FAULTS = [
     (
         DALI,
-        "        unfit = _unfit(request)\n",
-        "        unfit = {}\n",
-        "DALI gets what it cannot parse",
-        "end_the_process",
+        "        if size is None or (self._refused",
+        '        if (size is None and data[:2] == b"\\xff\\xd8") or (self._refused',
+        "DALI gets what is no plain JPEG",
+        "end_the_process or test_decoders",
     ),
     (
-        DALI,
-        "if any(bottom > height or right > width for bottom, right in ends):",
-        "if any(bottom > height for bottom, right in ends):",
+        PILLOW,
+        "not any(bottom > size[0] or right > size[1] for bottom, right in ends)",
+        "not any(bottom > size[0] for bottom, right in ends)",
         "a box beyond the right edge",
         "boxes_beyond",
     ),
@@ -46,24 +47,31 @@ FAULTS = [
     ),
     (FILES, "hw_decoder_load=config.hw_decoder_load,", "", "the load is not heard", "load_of_the_conf"),
     (
-        HEADER,
-        "if frame and frame[0] not in DECODED:",
-        "if frame and frame[0] == 0:",
+        JPEG,
+        "    if marker not in HUFFMAN | ARITHMETIC:",
+        "    if marker == 0:",
         "a lossless JPEG passes the header",
         "header_is_enough",
     ),
     (
-        HEADER,
-        "if frame and frame[0] not in DECODED:",
-        "if not frame or frame[0] not in DECODED:",
+        JPEG,
+        "(AFTER_SCAN if scans else MARKER).search(data, at)",
+        "(AFTER_SCAN.search if scans else MARKER.match)(data, at)",
         "bytes between segments are refused",
         "forms_that",
     ),
-    (HEADER, "0xC0, 0xC1, 0xC2, 0xC9", "0xC0, 0xC1, 0xC9", "progressive JPEG is refused", "forms_that"),
+    (JPEG, "{0xC0, 0xC1, 0xC2}", "{0xC0, 0xC1}", "progressive JPEG is refused", "forms_that"),
+    (
+        JPEG,
+        "        if marker == END:\n            break\n",
+        "        if marker == END and found.end() == len(data):\n            break\n",
+        "the end is sought at the end of the file",
+        "first_picture",
+    ),
     (
         HEADER,
-        "        size = frame[1:]\n",
-        "        size = frame[2:]\n",
+        "    if height < 1 or width < 1:",
+        "    if height < 0 or width < 0:",
         "a height of zero is not said",
         "header_is_enough",
     ),

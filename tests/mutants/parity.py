@@ -67,7 +67,7 @@ FAULTS = [
         "becomes",
     ),
     (FILES, "turned[ORIENTATION] = 6", "pass", "a file that is not turned", "called"),
-    (FILES, "boxes_B4[some, 2:]", "boxes_B4[some, :2]", "the corner for the size", "dali"),
+    (FILES, "boxes = boxes_B4[some]", "boxes = boxes_B4[some][:, [0, 1, 3, 2]]", "width for height", "dali"),
     (FILES, "some = slice(start, start + BATCH)", "some = slice(0, BATCH)", "the first again", "dali"),
     (FILES, "except Rejected as rejected:", "except ZeroDivisionError as rejected:", "refusals", "refused"),
     (
