@@ -476,6 +476,8 @@ def test_shards_whose_names_are_patterns(tmp_path):
     assert find_images(tmp_path / "a[[]0].tar").names == ["x.jpg"]
     assert find_images(tmp_path / "a[0-9].tar").names == ["y.jpg"]
     assert len(find_images(tmp_path / "*.tar")) == 2
+    write_tar(tmp_path / "in" / "a[0]" / "z.tar", [("z.jpg", b"Z")])
+    assert find_images(tmp_path / "i*" / "a[0]" / "*.tar").names == ["z.jpg"]  # behind a part that is one
     (tmp_path / "folder.tar").mkdir()
     refused(tmp_path / "*.tar", "folder.tar: it is a folder")
     (tmp_path / "gone.tar").symlink_to("nowhere.tar")
