@@ -34,6 +34,7 @@ from fastmim.views import Batch
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ENGINES = ("deepspeed", "plain")
+CAT_BATCH = 128  # tensors that one launch of torch's concatenation takes
 LIST_CHUNKS = 320 * 65536  # values that one launch of torch's ops on lists of tensors takes, at most
 
 # --- trace ----------------------------------------------------------------------------------------------
@@ -191,22 +192,27 @@ def update(method: Method, precision: str, engine: str) -> list[Op]:
     """Optimizer and teacher, one rank. DeepSpeed keeps fp32 values flat, and moves each gradient there."""
     groups = parameter_groups(method.named_parameters(), weight_decay=0.05, decays=method.decays)
     sizes = [[p.numel() for p in group["params"]] for group in groups]
-    flat = [[sum(group)] for group in sizes] if engine == "deepspeed" else sizes
-    P, half = sum(map(sum, sizes)), precision == "bf16"
+    flat = engine == "deepspeed"
+    P, half, width = sum(map(sum, sizes)), precision == "bf16", PRECISIONS[precision].itemsize
     adamw = Op(
         stage="update", group="optimizer", name="adamw", what=f"{P} values", bytes=28 * P, elements=P,
-        launches=sum(listed(group, 36) + 1 for group in flat),
+        launches=sum(listed([sum(group)] if flat else group, 36) + 1 for group in sizes),
     )  # fmt: skip
     ops = [adamw]
     if half:  # gradients to fp32 before, weights to bf16 behind
-        ops.append(
-            replace(adamw, name="cast", bytes=6 * P, launches=sum(listed(g, 64) for g in flat), count=2)
-        )
-    if engine == "deepspeed":
-        mean = sum(map(len, sizes))
-        moved = PRECISIONS[precision].itemsize * 2 * P // mean
-        ops.append(replace(adamw, stage="backward", name="to flat memory", what="gradients", bytes=moved,
-                           launches=1, count=mean, elements=P // mean))  # fmt: skip
+        cast = len(sizes) if flat else sum(listed(group, 64) for group in sizes)
+        ops.append(replace(adamw, name="cast", bytes=6 * P, launches=cast, count=2))
+    if flat:
+        count = sum(map(len, sizes))
+        batches = sum(-(-len(group) // CAT_BATCH) for group in sizes)
+        moved = replace(
+            adamw, stage="backward", name="copy", what="gradients", bytes=2 * width * P // count, launches=1,
+            count=count, elements=P // count,
+        )  # fmt: skip
+        ops += [
+            moved,
+            replace(adamw, name="flatten", what="gradients", bytes=2 * width * P, launches=batches),
+        ]
     return ops + teacher(method, half)
 
 

@@ -114,8 +114,20 @@ def test_the_update_by_hand():
     wide = ledger(CMAEConfig(), SMALL, batch=4, precision="fp32", engine="plain")
     assert {op.name for op in of(wide, stage="update")} == {"adamw", "ema_update"}
     engine = ledger(CMAEConfig(), SMALL, batch=4, precision="bf16", engine="deepspeed")
-    (moved,) = of(engine, name="to flat memory")
+    (moved,) = of(engine, name="copy")
     assert moved.count == sum(p.requires_grad for p in method.parameters())
+    (flat,) = of(engine, name="flatten")
+    assert flat.bytes == 4 * trained
+
+
+@pytest.mark.parametrize(("engine", "forward", "updates"), [("plain", 189, 30), ("deepspeed", 189, 16)])
+def test_launches_are_those_that_a_device_without_kernels_counts(engine, forward, updates):
+    """Of MAE-B at 1,024, in torch 2.11: kernels, fills and copies on the device."""
+    ops = ledger(MAEConfig(), BASE, batch=1024, precision="bf16", engine=engine)
+    found = {
+        stage: sum(op.count * op.launches for op in of(ops, stage=stage)) for stage in ("forward", "update")
+    }
+    assert found == {"forward": pytest.approx(forward, abs=2), "update": pytest.approx(updates, abs=1)}
 
 
 @pytest.mark.parametrize("name", METHODS)
