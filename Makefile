@@ -17,7 +17,7 @@ help:
 	@echo "make fuzz-files  2,000 broken images of 14 formats through both decoders (ARGS='--seed 1 --count 9000')"
 	@echo "make bench   everything that is measured on a GPU, in 8 minutes (ARGS='--quick' in 2, ARGS='--rehearse' on a CPU)"
 	@echo "make null-gpu  the host side of GPU runs on a CUDA device that runs nothing (ARGS='--record' pins its counts anew)"
-	@echo "make compile-ahead  compile every kernel in every configuration for sm_80, 90, 100, without a GPU (minutes)"
+	@echo "make compile-ahead  compile every kernel in every configuration for sm_80, 90, 100, without a GPU, and check its machine code (minutes)"
 	@echo "make mutants plant every listed fault: each must turn a test red (an hour; ARGS='ema losses' takes these groups)"
 	@echo "make lint    ruff, import contracts, mypy"
 	@echo "make format  ruff format and the fixes it knows"
@@ -69,7 +69,7 @@ null-gpu:
 	  FASTMIM_NULL_GPU=1 $(CUDA_VENV)/bin/python -m pytest tests/null_gpu $(ARGS)
 
 compile-ahead: alive
-	FASTMIM_COMPILE_ALL=1 $(BIN)/python -m pytest tests/ops/test_compile_ahead.py
+	FASTMIM_COMPILE_ALL=1 $(BIN)/python -m pytest tests/ops/test_compile_ahead.py tests/ops/test_machine_code.py
 
 mutants: alive
 	$(BIN)/python tests/mutants/run.py $(ARGS)

@@ -1,8 +1,7 @@
 """Every Triton kernel compiles, without a GPU, for the GPUs it is meant for, and spills no register.
 
 The compilations run in processes of their own, this file as a script: `@triton.jit` there must not see
-TRITON_INTERPRET. The launchers get meta tensors and Triton a driver that never launches, so that
-signatures, tile sizes, constants and warps are those of the real launch.
+TRITON_INTERPRET. `benchmarks/machine_code` looks further, at the shapes of training.
 """
 
 import json
@@ -12,8 +11,7 @@ import re
 import struct
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -21,13 +19,10 @@ from pathlib import Path
 import fastmim_kernels
 import pytest
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import CompiledKernel
-from triton.runtime.jit import JITFunction
 
-ARCHITECTURES = (80, 90, 100)  # A100, H100 and H200, B200
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+from benchmarks.machine_code.compiling import ARCHITECTURES, compiled, resources
+
+ROOT = Path(__file__).resolve().parents[2]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # side, patch, decoder width, dtypes: ViT-B/16, ViT-H/14, a tiny ViT on images of 32 pixels
@@ -76,6 +71,8 @@ IMAGES = 64
 def test_every_kernel_compiles_for_every_architecture_and_spills_nothing(tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["TRITON_CACHE_DIR"] = str(tmp_path)  # cold: what is compiled is what is here now
+    # the script's folder, and not this repository's, is what Python would look into
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
     halves = [
         subprocess.Popen(
             [sys.executable, __file__, half],
@@ -318,59 +315,14 @@ def colour_cases() -> Iterator[tuple]:
     yield "blur of planes", blur.launch, planes, new(IMAGES), flag
 
 
-class NoGPU:
-    """What Triton asks its driver when it compiles and does not launch."""
-
-    def __init__(self, sm: int):
-        self.sm = sm
-
-    def get_current_device(self) -> int:
-        return self.sm  # kernels are cached per device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.sm, 32)
-
-
-def compiled(run: Callable[[], object], sm: int) -> list[tuple[str, CompiledKernel]]:
-    """Name and binary of every kernel that `run` would launch, none of them executed."""
-    found = []
-
-    def warm_up(fn, *args, warmup, **kwargs):
-        name = f"{fn.fn.__module__.removeprefix('fastmim_kernels.')}.{fn.fn.__name__}"
-        found.append((name, launch(fn, *args, warmup=True, **kwargs)))
-
-    triton.runtime.driver.set_active(NoGPU(sm))
-    launch, JITFunction.run = JITFunction.run, warm_up
-    try:
-        run()
-    finally:
-        JITFunction.run = launch
-    return found
-
-
-def resources(kernel: CompiledKernel) -> dict[str, int]:
-    """Registers, stack and local memory (spills), as the compiled binary itself declares them."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(kernel.asm["cubin"])
-        cubin.flush()
-        command = [CUOBJDUMP, "--dump-resource-usage", cubin.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
-    assert set(usage) == {"REG", "STACK", "LOCAL"}, text
-    assert usage["REG"] > 0, text
-    return usage
-
-
 def main(half: int) -> None:
     torch.set_default_device("meta")
     for case, launcher, *arguments in islice(cases(), half, None, 2):
         for sm in ARCHITECTURES:
             found = compiled(lambda f=launcher, a=arguments: f(*a), sm)
             assert found, f"{case}: nothing was launched"
-            for name, kernel in found:
+            for launch in found:
+                name, kernel = launch.name, launch.kernel
                 ptx = kernel.asm["ptx"]
                 widths = re.findall(r"ld\.global\S*\.v(\d)\.", ptx)
                 row = {"case": case, "kernel": name, "sm": sm, **resources(kernel)}
