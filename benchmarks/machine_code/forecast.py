@@ -2,8 +2,8 @@
 
     bytes    the least that the op can move, over the bandwidth of a copy
     mma      cycles that the tensor cores take for what the kernels issue, padding and doubled work included
-    issue    instructions of all warps, over the slots in which an SM can issue one
-    launch   what its kernels take that do nothing
+    issue    instructions of all warps, over what the SMs can issue, and of that a kernel's usual share
+    launch   from one queued kernel to the next
 
 At best: latency, waits at barriers and a last wave that fills no GPU come on top. A kernel whose time is that
 of `issue` has too many instructions, however it is written down: its bound in the table is where that begins.
@@ -12,16 +12,15 @@ of `issue` has too many instructions, however it is written down: its bound in t
 import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from benchmarks.devices import DEVICES, GAP_MS, ISSUE
+
 TABLE = Path(__file__).with_name("bounds.toml")
-LANES, SCHEDULERS = 32, 4
-FLOP_PER_CYCLE = 4096  # of an SM by wgmma in half precision: 989 TFLOP/s of the datasheet
-FILLED = 0.8  # of the slots to issue in, what a kernel can hope to fill: an assumption, to be measured
-LAUNCH_MS = 5e-3  # what a kernel takes that does nothing: an assumption as well
+CHIPS = {name: DEVICES[name] for name in ("H200", "H100")}  # for which the table's code is compiled
+LANES = 4 * 32  # that an SM can issue for in a cycle
 # what stands on one line of the table
 GROUPS = {
     "work": ("elements", "flops", "traffic"),
@@ -31,16 +30,6 @@ GROUPS = {
 }
 
 SUMS = ("ms", "bytes_ms", "mma_ms", "issue_ms", "launch_ms")
-
-
-@dataclass(frozen=True)
-class Chip:
-    sms: int
-    ghz: float  # at which the datasheet counts its FLOP; less under the power limit
-    bytes_per_s: float  # of a copy, measured
-
-
-CHIPS = {"H200": Chip(132, 1.83, 4.3e12), "H100": Chip(132, 1.83, 3.0e12)}
 
 
 @cache
@@ -57,14 +46,13 @@ def table() -> dict[str, Any]:
 
 def estimate(case: Mapping[str, Any], chip: str, scale: float = 1.0) -> dict[str, Any]:
     """Times in ms of a case of the table, `scale` times as large; kernels of a case follow one another."""
-    c = CHIPS[chip]
+    device = CHIPS[chip]
     issue = mma = 0.0
     for kernel in case["kernels"]:
-        cycles = scale * kernel["elements"] * kernel["instructions"] / LANES / SCHEDULERS / c.sms
-        issue += cycles / (c.ghz * 1e6)
-        mma += cycles * kernel["mma_issued"] / (c.ghz * 1e6)
-    times = {"bytes": scale * case["bytes"] / c.bytes_per_s * 1e3, "mma": mma, "issue": issue / FILLED}
-    times["launch"] = LAUNCH_MS * len(case["kernels"])
+        full = scale * kernel["elements"] * kernel["instructions"] / device.issue_per_s * 1e3
+        issue, mma = issue + full / ISSUE, mma + full * kernel["mma_issued"]
+    moved = scale * case["bytes"] / device.copy_gb_per_s / 1e6
+    times = {"bytes": moved, "mma": mma, "issue": issue, "launch": GAP_MS * len(case["kernels"])}
     limit = max(times, key=lambda name: times[name])
     ms = times[limit]
     return {
@@ -111,8 +99,8 @@ def most_instructions(case: Mapping[str, Any], kernel: Mapping[str, Any]) -> flo
 
     On an H200. A kernel without bytes of its own has those of the case, by its share of the elements.
     """
-    chip, elements = CHIPS["H200"], kernel["elements"]
+    device, elements = CHIPS["H200"], kernel["elements"]
     share = case["bytes"] / sum(k["elements"] for k in case["kernels"])
-    seconds = max(elements * (kernel["traffic"] or share) / chip.bytes_per_s, LAUNCH_MS / 1e3)
-    cycles = max(seconds * chip.sms * chip.ghz * 1e9 / elements, kernel["flops"] / FLOP_PER_CYCLE)
-    return round(FILLED * LANES * SCHEDULERS * cycles, 1)
+    seconds = max((kernel["traffic"] or share) / device.copy_gb_per_s / 1e9, GAP_MS / 1e3 / elements)
+    products = kernel["flops"] / device.flop_per_cycle * LANES
+    return round(ISSUE * max(seconds * device.issue_per_s, products), 1)
