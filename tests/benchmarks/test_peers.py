@@ -1,6 +1,8 @@
 """Peers do the same work: from the same weights and masks the same loss and gradients."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import fastmim_kernels
@@ -8,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks.engines import AutocastEngine, WrongLoss
+from benchmarks.harness import ROOT
 from benchmarks.peers import race, timm_cmae, timm_mae, transformers_vitmae
 from benchmarks.peers.race import Peer, check_peer, noise_that_shows
 from fastmim.methods import MAEConfig
@@ -78,6 +81,32 @@ def test_a_race_times_all_and_writes_a_row_for_each(tmp_path, monkeypatch, capsy
     assert [row["provider"] for row in rows] == ["timm eager", "plain"]
     assert all(row["steps"] == 8 and row["images_per_s"] > 0 and row["race"] == "timm" for row in rows)
     assert all(row["loss_error"] <= 1e-4 for row in rows)
+
+
+def test_a_peer_of_another_loss_is_not_timed_on_the_whole_batch():
+    """Ours has moved by a step when the peers are looked at: its first loss counts, not its second."""
+    ours, batch = method(), make_batch()
+    engine = AutocastEngine(Peer(timm_mae.build(ours, OurBlock), MODEL), "fp32", OptimConfig())
+    noise, expected = noise_that_shows(ours, batch), ours(batch).loss.item()
+    race.check_whole_batch("timm eager", engine, batch, noise, expected, "fp32")
+    with pytest.raises(WrongLoss, match="loss of timm eager on the whole batch: want a relative error"):
+        race.check_whole_batch("timm eager", engine, batch, noise, expected * 1.001, "fp32")
+
+
+LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("timm_mae", "timm_cmae")]
+
+
+@pytest.mark.parametrize("peer", ["transformers_vitmae", *LONG])
+def test_a_race_runs_as_a_command_of_its_own(peer, tmp_path):
+    """In a process where nobody has imported torchvision before."""
+    pytest.importorskip(peer.partition("_")[0])
+    command = f"-m benchmarks.peers.{peer} --model vit_tiny --image-size 32 --patch 8 --batch 32 --warmup 1"
+    command += f" --steps 4 --engine plain --precision fp32 --no-compile --results {tmp_path}"
+    command += "" if peer == "timm_cmae" else " --decoder-size 32 1 2"
+    run = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    rows = [json.loads(line) for line in (tmp_path / "peers.jsonl").read_text().splitlines()]
+    assert {row["provider"] for row in rows} == {f"{peer.partition('_')[0]} eager", "plain"}
 
 
 def test_an_absent_peer_is_skipped_by_name(capsys):
