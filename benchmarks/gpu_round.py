@@ -1,14 +1,16 @@
-"""All that one GPU is asked for, in one call: tests, kernels, whole steps, peers, JPEG to loss. 8 minutes.
+"""All that one GPU is asked for, in one call: tests, kernels, whole steps, peers, JPEG to loss. Ten minutes.
 
-python benchmarks/gpu_round.py              on a machine with a GPU
-python benchmarks/gpu_round.py --quick      2 minutes: each question once, in its largest case
-python benchmarks/gpu_round.py --rehearse   on a CPU with tiny shapes: does every stage run?
-python benchmarks/gpu_round.py --keep rows.jsonl    appends the rows that a round brought home to results/
+python benchmarks/gpu_round.py                       on a machine with a GPU
+python benchmarks/gpu_round.py --wheels FOLDER       packages it lacks, as wheels (carry.sh)
+python benchmarks/gpu_round.py --quick               2 minutes: each question once, in its largest case
+python benchmarks/gpu_round.py --rehearse            tiny shapes, on any machine: does every stage run?
+python benchmarks/gpu_round.py --done rows.jsonl     goes on where the round that left these rows stopped
+python benchmarks/gpu_round.py --keep rows.jsonl     appends the rows that a round brought home to results/
 
-Each stage is a process with a time limit of its own, and none outlives the round. One that fails, is cut
-short or cannot be run stops no other and is named with its reason below the table. Rows are on disk as they
-come; where OUT names a folder, rows.jsonl, table.txt and log.txt are there after every stage. Needs PyTorch
-and nothing else: no network, no package beside it, no installation.
+Each stage has a share of the time and each of its parts a process and a limit (`gpu/shares.py`); what is left
+over flows on. A part that fails, is cut short or cannot be run stops no other and is named with its reason.
+Rows are on disk as they come; where OUT names a folder, rows.jsonl, table.txt and log.txt are kept up to date
+there, whatever ends the round. Needs PyTorch and nothing else: no network, and no package beside it.
 """
 
 import os
@@ -18,309 +20,150 @@ from pathlib import Path
 # Run as a script, this folder is sys.path[0], where a module of ours could hide another package.
 if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "kernels"))
 
 import argparse
-import importlib.util
-import json
-import re
 import signal
-import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
-import torch
+from benchmarks.gpu import wheels
+from benchmarks.gpu.parts import Outcome, Runner, Stage, remaining
+from benchmarks.gpu.record import ROUND, Record, earlier, exists, keep, table
+from benchmarks.gpu.shares import Want, divide
+from benchmarks.gpu.stages import full, quick, rehearsal
+from benchmarks.harness import DEVICE, RESULTS, append, environment
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-OPS = (
-    "norm_pix_loss_image", "gather_patches", "restore_tokens", "split_patches", "info_nce", "add_layer_norm",
-    "bias_gelu", "gather_tokens", "color_jitter", "resized_crop", "ema_update", "attention",
-)  # fmt: skip
-METHODS = ("mae", "rmae")
-PEERS = ("transformers_vitmae", "timm_mae", "timm_cmae")  # the package before the underscore
-BUDGET_S = {"round": 470, "quick": 115, "rehearse": 55}
-SKIPPED = 3  # exit status of a stage that names what it lacks
-TINY = "--model vit_tiny --image-size 32 --patch 8 --decoder-size 32 1 2 --batch 8 --warmup 1 --steps 5"
+KINDS = {"round": (full, 570.0), "quick": (quick, 115.0), "rehearse": (rehearsal, 400.0)}
+CLOSE_S = 5.0  # for ending the last part and the table
+SECONDS = (20.0, 3600.0)  # that can be asked for
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One process of the round. `needs` are modules without which it is not begun."""
-
-    name: str
-    command: tuple[str, ...]  # behind the interpreter
-    limit_s: float
-    needs: tuple[str, ...] = ()
+def process_began() -> float:
+    """When, as time.monotonic() counts: importing torch is of the round's time."""
+    ticks = int(
+        Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+    )  # since the machine booted
+    return time.monotonic() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
 
 
-@dataclass
 class Round:
-    """What has happened so far, and where it is written down."""
+    """Stages, one after another, until they or the time are at their end."""
 
-    results: Path
-    deadline: float
-    log: Path
-    sizes: dict[Path, int] = field(default_factory=dict)  # of the row files before this round
-    done: list[tuple[str, float, str]] = field(default_factory=list)  # stage, seconds, what came of it
-    troubles: list[str] = field(default_factory=list)
+    def __init__(self, runner: Runner, record: Record, deadline: float):
+        self.runner, self.record, self.deadline = runner, record, deadline
+        self.began = process_began()
+        self.about = environment()
+        self.troubles: list[str] = []
 
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
 
-# --- the stages -------------------------------------------------------------------------------------
+    def run(self, stages: Sequence[Stage]) -> None:
+        for i, stage in enumerate(stages):
+            seconds = divide(self.left(), [later.want() for later in stages[i:]])[0]
+            self.run_stage(stage, seconds or self.left())  # what not all of its parts fit in, some do
 
+    def run_stage(self, stage: Stage, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        for i, part in enumerate(stage.parts):
+            left = max(0.0, end - time.monotonic())
+            limit_s = divide(left, [Want(later.share, stage.least_s) for later in stage.parts[i:]])[0]
+            if limit_s:
+                outcome = self.runner.run(part, limit_s)
+            else:
+                outcome = Outcome(f"skipped: {left:.0f} s are left of the {stage.least_s:g} it wants")
+            self.tell(stage.name, part.name, outcome, limit_s)
 
-def module(name: str, arguments: str) -> tuple[str, ...]:
-    return ("-m", name, *arguments.split())
-
-
-def tests(name: str, paths: str, limit_s: float) -> Stage:
-    flags = "-q -rf -p no:cacheprovider --continue-on-collection-errors"
-    return Stage(f"tests {name}", module("pytest", f"{flags} {paths}"), limit_s, needs=("pytest",))
-
-
-def full(photographs: Path) -> list[Stage]:
-    """In order of what is missed most if the time runs out."""
-    step = "--seconds 3 --steps 30"
-    stages = [
-        tests("ops", "tests/ops --ignore=tests/ops/test_compile_ahead.py", 110),
-        *throughput(("vit_base", "vit_large"), f"--batch 256 --sweep batch {step}", 60),
-        *(Stage(f"kernel {op}", module("benchmarks.harness", op), 45) for op in OPS),
-        Stage(
-            "throughput mae vit_base compiled",
-            module("benchmarks.throughput", f"--method mae --model vit_base --batch 512 --compile {step}"),
-            75,
-        ),
-        *(peer(name, "--model vit_base --batch 256 --steps 40", 75) for name in PEERS),
-        *jpeg(
-            photographs,
-            512,
-            "--rounds 2 --seconds 3 --providers dataloader dali_plain dali",
-            f"--model vit_base {step}",
-        ),
-        tests("models and methods", "tests/models tests/methods", 60),
-        tests("compile ahead", "tests/ops/test_compile_ahead.py", 60),
-    ]
-    return stages
+    def tell(self, stage: str, part: str, outcome: Outcome, limit_s: float) -> None:
+        what = {"outcome": outcome.what, "seconds": outcome.seconds, "limit_s": limit_s}
+        when = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        append(self.record.results / ROUND, {"stage": stage, "part": part, **what, **self.about, **when})
+        if outcome.kind != "ok":
+            self.troubles.append(f"{stage}, {part}: {outcome.what}")
+        self.record.collect()
+        self.record.table(table(self.record.rows, self.troubles))
+        line = f"[{time.monotonic() - self.began:5.0f} s] {stage}, {part}: {outcome.what}"
+        print(f"{line} ({outcome.seconds:.1f} of {limit_s:.0f} s)", flush=True)
 
 
-def quick(photographs: Path) -> list[Stage]:
-    step = "--batch 512 --seconds 1.5 --steps 20"
-    return [
-        tests("ops", "tests/ops --ignore=tests/ops/test_compile_ahead.py -x", 40),
-        *throughput(("vit_base",), step, 25),
-        *(Stage(f"kernel {op}", module("benchmarks.harness", f"{op} --quick"), 20) for op in OPS),
-        *(peer(name, "--model vit_base --batch 256 --steps 12 --no-compile", 25) for name in PEERS),
-    ]
-
-
-def rehearsal(photographs: Path) -> list[Stage]:
-    return [
-        Stage("a stage that fails", ("-c", "raise SystemExit('as it should')"), 10),
-        Stage("a stage that hangs", ("-c", "import time; time.sleep(60)"), 0.5),
-        tests("models", "tests/models/test_vit.py -k positions", 30),
-        *throughput(("vit_tiny",), f"{TINY} --engine plain", 30)[:1],
-        Stage("kernel", module("benchmarks.harness", f"{OPS[-1]} --quick --providers fastmim"), 30),
-        *(peer(name, f"{TINY} --no-compile --engine plain", 30) for name in PEERS),
-        *jpeg(photographs, 8, "--rounds 1", f"{TINY} --engine plain")[
-            ::2
-        ],  # the loader has a test of its own
-    ]
-
-
-def throughput(models: Sequence[str], flags: str, limit_s: float) -> list[Stage]:
-    return [
-        Stage(
-            f"throughput {method} {model}",
-            module("benchmarks.throughput", f"--method {method} --model {model} {flags}"),
-            limit_s,
-        )
-        for model in models
-        for method in METHODS
-    ]
-
-
-def peer(name: str, flags: str, limit_s: float) -> Stage:
-    package = name.partition("_")[0]
-    return Stage(f"peer {name}", module(f"benchmarks.peers.{name}", flags), limit_s, needs=(package,))
-
-
-def jpeg(folder: Path, batch: int, loader: str, step: str) -> list[Stage]:
-    """The decoders alone, then a whole step that waits for them."""
-    needs = ("PIL", "nvidia.dali")
-    make = module("benchmarks.pipeline.loader", f"{folder} --make {12 * batch}")
-    alone = module("benchmarks.pipeline.loader", f"{folder} --batch {batch} {loader}")
-    both = module("benchmarks.throughput", f"{step} --batch {batch} --data {folder}")
-    return [
-        Stage("photographs", make, 40, needs),
-        Stage("loader", alone, 60, needs),
-        Stage("jpeg to loss", both, 60, needs),
-    ]
-
-
-# --- running one ------------------------------------------------------------------------------------
-
-
-def missing(stage: Stage) -> str | None:
-    """The first module that the stage needs and this machine lacks."""
-    for name in stage.needs:
-        try:
-            if importlib.util.find_spec(name) is None:
-                return name
-        except ModuleNotFoundError:  # the package around it
-            return name
-    return None
-
-
-def run_stage(stage: Stage, r: Round) -> None:
-    """Run it to its end or to its limit, and write down what came of it."""
-    lacking, left = missing(stage), r.deadline - time.monotonic()
-    if lacking or left < 5:
-        outcome = f"skipped: {lacking} is not installed" if lacking else "skipped: no time is left"
-        seconds = 0.0
-    else:
-        outcome, seconds = execute(stage, r, min(stage.limit_s, left))
-    r.done.append((stage.name, seconds, outcome))
-    if not outcome.startswith("ok"):
-        r.troubles.append(f"{stage.name}: {outcome}")
-    print(f"[{seconds:6.1f} s] {stage.name}: {outcome}", flush=True)
-
-
-def execute(stage: Stage, r: Round, limit_s: float) -> tuple[str, float]:
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]),
-        "PYTHONUNBUFFERED": "1",
-    }
-    command = [sys.executable, *stage.command]
-    if stage.command[1].startswith("benchmarks."):
-        command += ["--results", str(r.results)]
-    start = time.monotonic()
-    with r.log.open("ab") as log:
-        log.write(f"\n=== {stage.name}: python {' '.join(stage.command)}\n".encode())
-        begin = log.tell()
-        log.flush()
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            status = process.wait(timeout=limit_s)
-        except subprocess.TimeoutExpired:
-            status = None
-        except BaseException:  # the round itself is being ended: leave nothing on the device
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-        if status is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    seconds = time.monotonic() - start
-    said = r.log.read_bytes()[begin:].decode(errors="replace").strip().splitlines()
-    return verdict(stage, status, said, limit_s), seconds
-
-
-def verdict(stage: Stage, status: int | None, said: Sequence[str], limit_s: float) -> str:
-    last = said[-1][:160] if said else "not a word"
-    if status is None:
-        return f"stopped after {limit_s:.0f} s; last: {last}"
-    if stage.name.startswith("tests") and re.search(r"\d+ (passed|failed|error)", last):
-        failed = [line.split(" - ")[0] for line in said if line.startswith(("FAILED ", "ERROR "))]
-        return f"ok: {last}" if status == 0 else f"failed: {last}; {', '.join(failed[:12])}"
-    if status == SKIPPED:
-        return last
-    return "ok" if status == 0 else f"failed with {status}: {last}"
-
-
-# --- what it came to --------------------------------------------------------------------------------
-
-
-def new_rows(r: Round) -> list[dict[str, Any]]:
-    """The rows of this round, each with the name of the file it is in."""
-    rows = []
-    for path in sorted(r.results.glob("*.jsonl")):
-        with path.open("rb") as file:
-            file.seek(r.sizes.get(path, 0))
-            rows += [{"file": path.name, **json.loads(line)} for line in file.read().splitlines()]
-    return rows
-
-
-def table(r: Round) -> str:
-    """What was measured, what was done, and what was not, in a hundred columns."""
-    lines = ["", "measured"]
-    for row in new_rows(r):
-        lines.append(f"  {described(row)}")
-    lines += ["", "stages"]
-    lines += [f"  {seconds:6.1f} s  {name}: {outcome[:100]}" for name, seconds, outcome in r.done]
-    if r.troubles:
-        lines += ["", "failed or skipped"] + [f"  {trouble}" for trouble in r.troubles]
-    return "\n".join(lines) + "\n"
-
-
-def described(row: dict[str, Any]) -> str:
-    name = " ".join(
-        str(row[key]) for key in ("op", "mode", "method", "model", "dtype", "precision") if row.get(key)
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--quick", action="store_true", help="two minutes")
+    p.add_argument("--rehearse", action="store_true", help="tiny shapes, on any machine")
+    p.add_argument("--seconds", type=float, help="for all of it, from the start of the command")
+    p.add_argument("--stages", nargs="+", metavar="NAME", help="these alone")
+    p.add_argument(
+        "--wheels", type=Path, nargs="+", metavar="FOLDER", help="packages to install for the round"
     )
-    shape = " ".join(f"{k}={v}" for k, v in row.get("shape", {}).items())
-    batch = f"batch {row['batch']}" if "batch" in row else ""
-    head = f"{name or row['file'].removesuffix('.jsonl')} {shape or batch} {row['provider']}"
-    head += "" if row.get("images", "synthetic") == "synthetic" else f" {row['images']}"
-    if "failed" in row:
-        return f"{head}: {row['failed']}"
-    if "images_per_s" not in row:
-        return f"{head}: {row['ms']:.4g} ms, {row['gb_per_s']:.4g} of {row['copy_gb_per_s']:.4g} GB/s"
-    if "mfu_of_matmul" not in row:
-        return f"{head}: {row['images_per_s']:.1f} img/s"
-    share = f"{100 * row['mfu_of_matmul']:.1f} % of {row['matmul_tflop_per_s']:.4g} TFLOP/s"
-    return f"{head}: {row['images_per_s']:.1f} img/s, {share}"
+    p.add_argument("--done", type=Path, nargs="+", default=[], metavar="ROWS", help="rows of earlier rounds")
+    p.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
+    p.add_argument("--keep", type=Path, metavar="ROWS", help="append these to the results, and stop")
+    return p
 
 
-def bring_home(r: Round) -> None:
-    """Three files in the folder that OUT names, if it names one."""
-    if not os.environ.get("OUT"):
-        return
-    out = Path(os.environ["OUT"])
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in new_rows(r)))
-    (out / "table.txt").write_text(table(r))
-    (out / "log.txt").write_bytes(r.log.read_bytes())
+def chosen(stages: list[Stage], names: Sequence[str] | None) -> list[Stage]:
+    """Those of these names, in order. ValueError names one that there is not."""
+    known = [stage.name for stage in stages]
+    for name in names or []:
+        if name not in known:
+            raise ValueError(f"stages: want some of {', '.join(known)}, got {name}")
+    return [stage for stage in stages if names is None or stage.name in names]
 
 
-def keep(path: Path, results: Path) -> int:
-    """Append the rows of a round's rows.jsonl to the files they belong to; returns how many."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    results.mkdir(parents=True, exist_ok=True)
-    for row in rows:
-        with (results / Path(row.pop("file")).name).open("a") as out:
-            out.write(json.dumps(row) + "\n")
-    return len(rows)
+def carried(folders: Sequence[Path] | None, site: Path) -> list[str]:
+    """Install what came along; what is to be put on the path of every part."""
+    if not folders:
+        return []
+    begin = time.monotonic()
+    names = wheels.install(folders, site)
+    print(f"installed in {time.monotonic() - begin:.1f} s: {', '.join(names) or 'nothing: all is here'}")
+    sys.path.append(str(site))  # where `needs` are looked for
+    return [str(site)]
+
+
+def play(arguments: argparse.Namespace, kind: str, scratch: Path) -> None:
+    a, (list_of, seconds) = arguments, KINDS[kind]
+    stages = chosen(list_of(scratch), a.stages)
+    results = a.results.absolute()
+    before = [path for path in (results / ROUND, *a.done) if path.exists() or path in a.done]
+    search = carried(a.wheels, scratch / "site")
+    record = Record(results, Path(os.environ["OUT"]).absolute() if os.environ.get("OUT") else None)
+    runner = Runner(record, scratch, search)
+    try:
+        r = Round(runner, record, process_began() + (a.seconds or seconds) - CLOSE_S)
+        if not exists("deepspeed"):
+            r.troubles.append("deepspeed is not installed: steps are those of the plain engine")
+        r.run(remaining(stages, earlier(before), r.about["sources"], r.about["device"]))
+    finally:
+        runner.close()
+        record.collect()
+        text = table(record.rows, r.troubles)
+        record.table(text)
+        print(text, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="two minutes")
-    parser.add_argument("--rehearse", action="store_true", help="tiny shapes, on any machine")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
-    parser.add_argument(
-        "--keep", type=Path, metavar="ROWS", help="append these rows to the results, and stop"
-    )
-    a = parser.parse_args(arguments)
+    p = parser()
+    a = p.parse_args(arguments)
     if a.keep:
         print(f"kept {keep(a.keep, a.results)} rows in {a.results}")
         return 0
-    if not a.rehearse and not torch.cuda.is_available():
-        parser.error("want a CUDA device, got none; --rehearse runs on a CPU")
+    if not a.rehearse and DEVICE != "cuda":
+        p.error("want a CUDA device, got none; --rehearse runs on a CPU")
+    if a.quick and a.rehearse:
+        p.error("want --quick or --rehearse, got both")
+    if a.seconds is not None and not SECONDS[0] <= a.seconds <= SECONDS[1]:
+        p.error(f"--seconds: want {SECONDS[0]:g} to {SECONDS[1]:g}, got {a.seconds:g}")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(128 + signal.SIGTERM))
     kind = "rehearse" if a.rehearse else "quick" if a.quick else "round"
     with tempfile.TemporaryDirectory() as scratch:
-        results = a.results.absolute()
-        r = Round(results, time.monotonic() + BUDGET_S[kind], Path(scratch) / "log.txt")
-        r.log.touch()
-        r.sizes = {path: path.stat().st_size for path in results.glob("*.jsonl")}
-        stages = {"round": full, "quick": quick, "rehearse": rehearsal}[kind](Path(scratch) / "photographs")
-        for stage in stages:
-            run_stage(stage, r)
-            bring_home(r)
-        print(table(r), flush=True)
+        try:
+            play(a, kind, Path(scratch))
+        except (ValueError, OSError) as error:  # of the arguments: a missing file, wheels that do not fit
+            p.error(str(error))
     return 0
 
 

@@ -36,6 +36,10 @@ from benchmarks.devices import known_device
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NULL = DEVICE == "cuda" and "NULL_CUDA" in os.environ  # a driver that runs nothing: values are garbage there
+NULL_DEVICE = "a null device, which computes nothing"
+if NULL:
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its plans want a real device
 PACKAGES = ("torch", "triton", "xformers", "deepspeed", "nvidia-dali-cuda130", "timm", "transformers")
 SOURCES = ("fastmim/**/*.py", "kernels/**/*.py", "benchmarks/**/*.py", "csrc/*.cpp", "csrc/*.h")
 QUANTILES = (0.2, 0.5, 0.8)
@@ -86,9 +90,9 @@ def environment() -> dict[str, Any]:
 
 
 def device_name() -> str:
-    if DEVICE == "cuda":
-        return torch.cuda.get_device_name()
-    return f"cpu, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    if DEVICE == "cpu":
+        return f"cpu, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    return NULL_DEVICE if NULL else torch.cuda.get_device_name()
 
 
 @cache
@@ -147,6 +151,8 @@ def append(path: Path, row: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as out:
         out.write(json.dumps(row) + "\n")
+        out.flush()
+        os.fsync(out.fileno())
 
 
 # --- time -------------------------------------------------------------------------------------------
@@ -297,12 +303,16 @@ def size_of(result: Any) -> int:
 
 
 def measure(cases: Sequence[Case], rounds: int) -> Iterator[dict[str, Any]]:
-    """Check every provider against the first, or its oracle, and time those that agree. A row for each."""
+    """Check every provider against the first, or its oracle, and time those that agree. A row for each.
+
+    With no rounds nothing is timed, and rows tell of what failed alone.
+    """
     expected = (cases[0].oracle or cases[0].run)()
     sound, errors = [], []
     for case in cases:
         try:
-            error = relative_error(case.run(), expected)
+            actual = case.run()
+            error = 0.0 if NULL else relative_error(actual, expected)
             failed = None if error <= TOLERANCE else f"off by {error:.2g} of the largest value"
         except Exception as exception:
             failed = f"{type(exception).__name__}: {str(exception).strip().splitlines()[0][:200]}"
@@ -311,6 +321,8 @@ def measure(cases: Sequence[Case], rounds: int) -> Iterator[dict[str, Any]]:
             errors.append(error)
         else:
             yield {**named(case), "failed": failed}
+    if not rounds:
+        return
     times = take_turns([case.run for case in sound], rounds)
     for case, error, taken in zip(sound, errors, times, strict=True):
         low, median, high = quantiles(taken)
@@ -378,7 +390,12 @@ def measure_groups(
         for case in wanted:
             if case.absent:
                 print(f"{case.provider:>10}  absent: {case.absent}")
-        yield from measure([case for case in wanted if not case.absent], rounds)
+        present = [case for case in wanted if not case.absent]
+        try:
+            yield from measure(present, rounds)
+        except torch.OutOfMemoryError as error:  # the other groups may fit
+            torch.cuda.empty_cache()
+            yield {**named(present[0]), "failed": str(error).splitlines()[0][:200]}
 
 
 def sentence(row: dict[str, Any]) -> str:
@@ -404,6 +421,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("op", help="a module of benchmarks/ops")
     parser.add_argument("--providers", nargs="+", help="only these, beside the baseline")
     parser.add_argument("--quick", action="store_true", help="the last case alone, fewer rounds")
+    parser.add_argument("--check", action="store_true", help="compare and compile, time nothing")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
     a = parser.parse_args(arguments)
     if not module_exists(f"benchmarks.ops.{a.op}"):
@@ -413,7 +431,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     env, failures = environment(), 0
     groups = import_module(f"benchmarks.ops.{a.op}").cases()
     chosen = deque(groups, maxlen=1) if a.quick else groups
-    for row in measure_groups(chosen, a.providers, QUICK_ROUNDS if a.quick else ROUNDS):
+    rounds = 0 if a.check else QUICK_ROUNDS if a.quick else ROUNDS
+    for row in measure_groups(chosen, a.providers, rounds):
         append(a.results / f"{a.op}.jsonl", {**row, **env})
         print(sentence(row), flush=True)
         failures += "failed" in row

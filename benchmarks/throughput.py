@@ -2,6 +2,7 @@
 
 python benchmarks/throughput.py --method mae --model vit_base --batch 256 --precision bf16
 python benchmarks/throughput.py --method rmae --model vit_base --sweep batch
+python benchmarks/throughput.py --method cmae --model vit_large --batch 1024 --fit
 deepspeed benchmarks/throughput.py --method mae --model vit_large --batch 256 --zero 2
 
 A step is forward, backward, the optimizer's update and the method's own `after_step`, through the engine of
@@ -46,6 +47,7 @@ from benchmarks.engines import (
     check_step,
     make_engine,
     repeated,
+    step,
     synthetic,
     time_steps,
 )
@@ -72,6 +74,8 @@ from fastmim.models.vit import ViTConfig
 from fastmim.views import Batch
 
 KNEE = 0.97  # the knee is the smallest batch that reaches this share of the best rate
+STEP_OF_FIT = 32  # images
+FILLED = 0.92  # of the memory that is free; the allocator wastes some
 FLAT = 1.02  # a batch twice the size that gains less has gained nothing
 
 
@@ -208,6 +212,7 @@ def foreseen_words(row: dict[str, Any]) -> str:
 
 def sentence(row: dict[str, Any]) -> str:
     name = f"{row['method']} {row['model']} {row['provider']} batch {row['batch']}"
+    name += f" ({row['why_batch']})" if row.get("why_batch") else ""
     if "failed" in row:
         return f"{name}: {row['failed']}"
     sheet, shapes = row["mfu_of_datasheet"], row.get("mfu_of_shapes")
@@ -234,6 +239,8 @@ def parser() -> argparse.ArgumentParser:
         choices=["batch"],
         help="double the batch from --batch on: knee, end of memory",
     )
+    p.add_argument("--fit", action="store_true", help="a smaller batch where this one wants too much memory")
+    p.add_argument("--check", action="store_true", help="one step, compared and compiled; nothing is timed")
     p.add_argument("--compile", action="store_true", help="the method under torch.compile")
     p.add_argument("--data", type=Path, help="folder of images to read and decode, instead of synthetic ones")
     p.add_argument("--decoder", choices=["dali", "pillow"], default="dali", help="with --data")
@@ -294,6 +301,31 @@ def measure(
     return figures | beside(config, model, device=device_name(), **what)
 
 
+def fitting(engine: Engine, method: Method, channels: int, asked: int) -> tuple[int, str | None]:
+    """The batch asked for, or what of it memory holds: a multiple of `STEP_OF_FIT`, and why.
+
+    The memory of a step grows with its batch in a line; two small steps give it.
+    """
+    if DEVICE == "cpu":
+        return asked, None
+    step(engine, synthetic(method, channels, STEP_OF_FIT))  # what is made once: moments, buffers
+    peaks = []
+    for batch in (STEP_OF_FIT, 2 * STEP_OF_FIT):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        step(engine, synthetic(method, channels, batch))
+        peaks.append(torch.cuda.max_memory_allocated())
+    each = max(1.0, (peaks[1] - peaks[0]) / STEP_OF_FIT)
+    torch.cuda.empty_cache()
+    room = FILLED * (torch.cuda.mem_get_info()[0] + torch.cuda.memory_allocated())
+    most = int((room - peaks[0]) / each) + STEP_OF_FIT
+    if most >= asked:
+        return asked, None
+    wanted = (peaks[0] + (asked - STEP_OF_FIT) * each) / 2**30
+    batch = max(STEP_OF_FIT, most // STEP_OF_FIT * STEP_OF_FIT)
+    return batch, f"{asked} want {wanted:.0f} GiB of {room / 2**30:.0f}"
+
+
 def batch_sizes(arguments: argparse.Namespace, found: list[tuple[int, float]]) -> Iterator[int]:
     """The batch asked for, or ever larger ones: until memory ends; on a CPU, until nothing is gained."""
     batch = arguments.batch
@@ -317,8 +349,8 @@ def main(command: Sequence[str] | None = None) -> int:
     a = p.parse_args(command)
     if min(a.batch, a.warmup, a.steps) < 1:
         p.error(f"want batch, warmup and steps of 1 or more, got {a.batch}, {a.warmup}, {a.steps}")
-    if a.data and a.sweep:
-        p.error("want --data or --sweep, got both")
+    if sum((a.data is not None, a.sweep is not None, a.fit)) > 1:
+        p.error("want one of --data, --sweep and --fit, got more")
     env = environment()
     torch.manual_seed(0)
     config, model = configured(a, a.method)
@@ -328,11 +360,18 @@ def main(command: Sequence[str] | None = None) -> int:
     if a.compile:
         method.compile(dynamic=False)
     engine = make_engine(method, config, model, a)
+    if a.check:
+        check_step(engine, method, synthetic(method, model.channels, a.batch), a.precision)
+        return 0
+    why_batch = None
+    if a.fit:
+        a.batch, why_batch = fitting(engine, method, model.channels, a.batch)
     head = {
         "provider": engine.name + (" compiled" if a.compile else ""),
         "world": int(os.environ.get("WORLD_SIZE", "1")),
         **describe(config, model, a),
         "zero": a.zero if engine.name == "deepspeed" else None,
+        "why_batch": why_batch,
         "images": "synthetic" if a.data is None else f"{a.decoder} from a folder",
         **errors,
     }

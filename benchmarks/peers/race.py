@@ -20,6 +20,7 @@ from benchmarks.engines import (
     LOSS_TOLERANCE,
     AutocastEngine,
     Engine,
+    WrongLoss,
     check_method,
     check_step,
     demand,
@@ -110,12 +111,34 @@ def check_whole_batch(
     demand(f"loss of {provider} on the whole batch", relative(loss.item(), expected), tolerance)
 
 
+def unable(
+    peers: dict[str, AutocastEngine],
+    batch: Batch,
+    noise_BN: Tensor,
+    expected: float,
+    arguments: argparse.Namespace,
+) -> dict[str, dict[str, str]]:
+    """Check every peer on the whole batch and warm it up; takes out those that cannot run, and says why."""
+    failed = {}
+    for provider, engine in list(peers.items()):
+        try:
+            check_whole_batch(provider, engine, batch, noise_BN, expected, arguments.precision)
+            time_steps(engine, repeated(batch), arguments.warmup)
+        except WrongLoss:
+            raise
+        except Exception as error:  # out of memory, or a compiler that gives up: the others race on
+            said = (str(error).strip().splitlines() or [""])[0][:200]
+            failed[provider] = {"failed": f"{type(error).__name__}: {said}"}
+            del peers[provider]
+        if provider in failed and DEVICE == "cuda":
+            torch.cuda.empty_cache()
+    return failed
+
+
 def race(
     engines: dict[str, Engine], batch: Batch, arguments: argparse.Namespace
 ) -> dict[str, dict[str, Any]]:
     """Figures of each, timed in rounds whose order is turned each time."""
-    for engine in engines.values():
-        time_steps(engine, repeated(batch), arguments.warmup)
     times: dict[str, list[float]] = {name: [] for name in engines}
     peaks = {}
     count = max(2, arguments.steps // ROUNDS)
@@ -173,14 +196,15 @@ def main(
     ours = make_engine(method, config, model, a)
     errors[ours.name] = own_error
     expected = check_step(ours, method, batch, a.precision)  # of the weights that the peers still have
-    for provider, engine in peers.items():
-        check_whole_batch(provider, engine, batch, noise, expected, a.precision)
+    failed = unable(peers, batch, noise, expected, a)
+    time_steps(ours, repeated(batch), a.warmup)
     contestants: dict[str, Engine] = {**peers, ours.name: ours}
     head = describe(config, model, a) | {"batch": a.batch, "race": name}
-    for provider, figures in race(contestants, batch, a).items():
-        tflop_per_s = figures["images_per_s"] * step_flops(config, model) / 1e12
+    for provider, figures in (race(contestants, batch, a) | failed).items():
         row = head | {"provider": provider, "loss_error": errors.get(provider)} | figures
-        row |= {"tflop_per_s": tflop_per_s} | fractions(tflop_per_s, a.precision)
+        if "failed" not in row:
+            tflop_per_s = figures["images_per_s"] * step_flops(config, model) / 1e12
+            row |= {"tflop_per_s": tflop_per_s} | fractions(tflop_per_s, a.precision)
         if provider != ours.name:
             kernels = "fastmim_kernels.apply" if " patched " in provider else "the peer's own"
             row |= {"attention": "the peer's own", "kernels": kernels}

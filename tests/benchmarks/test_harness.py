@@ -13,7 +13,7 @@ import torch
 from fastmim_kernels import native
 
 from benchmarks import harness, plot
-from benchmarks.gpu_round import OPS
+from benchmarks.gpu.stages import OPS
 from benchmarks.harness import Case
 
 

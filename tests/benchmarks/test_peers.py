@@ -9,6 +9,7 @@ import fastmim_kernels
 import pytest
 import torch
 
+from benchmarks import engines
 from benchmarks.engines import AutocastEngine, WrongLoss
 from benchmarks.harness import ROOT
 from benchmarks.peers import race, timm_cmae, timm_mae, transformers_vitmae
@@ -107,6 +108,25 @@ def test_a_race_runs_as_a_command_of_its_own(peer, tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     rows = [json.loads(line) for line in (tmp_path / "peers.jsonl").read_text().splitlines()]
     assert {row["provider"] for row in rows} == {f"{peer.partition('_')[0]} eager", "plain"}
+
+
+def test_a_peer_that_cannot_run_costs_no_other_its_row(tmp_path):
+    class Hungry(Peer):
+        """Wants more memory than there is for the whole batch."""
+
+        def forward(self, batch, noise_BN=None):
+            if len(batch.keys_B) > engines.CHECK_IMAGES:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 99 GiB")
+            return super().forward(batch, noise_BN)
+
+    arguments = "--model vit_tiny --image-size 32 --patch 8 --decoder-size 32 1 2 --batch 8 --warmup 1"
+    arguments += f" --steps 4 --engine plain --precision fp32 --no-compile --results {tmp_path}"
+    race.main("timm", "torch", lambda m: Hungry(timm_mae.build(m, OurBlock), m.model), arguments.split())
+    rows = [json.loads(line) for line in (tmp_path / "peers.jsonl").read_text().splitlines()]
+    assert {row["provider"] for row in rows} == {"plain", "timm eager"}
+    (failed,) = (row for row in rows if "failed" in row)
+    assert failed["provider"] == "timm eager"
+    assert failed["failed"].startswith("OutOfMemoryError: CUDA out of memory")
 
 
 def test_an_absent_peer_is_skipped_by_name(capsys):
