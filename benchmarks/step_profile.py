@@ -23,8 +23,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.engines import (
-    CHECK_IMAGES,
     Engine,
+    check_images,
     check_method,
     check_step,
     first,
@@ -176,7 +176,7 @@ def main(command: Sequence[str] | None = None) -> int:
     config, model = configured(a, a.method)
     method = config.build(model)
     method.peers = Ranks.single()
-    errors = check_method(method, synthetic(method, model.channels, CHECK_IMAGES, "cpu"), a.precision)
+    errors = check_method(method, synthetic(method, model.channels, check_images(method), "cpu"), a.precision)
     if a.compile:
         method.compile(dynamic=False)
     engine = make_engine(method, config, model, a)

@@ -40,9 +40,9 @@ from torch import Tensor
 from benchmarks.cost import beside
 from benchmarks.devices import known_device
 from benchmarks.engines import (
-    CHECK_IMAGES,
     DTYPES,
     Engine,
+    check_images,
     check_method,
     check_step,
     make_engine,
@@ -356,7 +356,7 @@ def main(command: Sequence[str] | None = None) -> int:
     config, model = configured(a, a.method)
     method = config.build(model)
     method.peers = Ranks.single()  # for the check; the DeepSpeed engine has its own
-    errors = check_method(method, synthetic(method, model.channels, CHECK_IMAGES, "cpu"), a.precision)
+    errors = check_method(method, synthetic(method, model.channels, check_images(method), "cpu"), a.precision)
     if a.compile:
         method.compile(dynamic=False)
     engine = make_engine(method, config, model, a)

@@ -16,11 +16,11 @@ from fastmim_kernels import apply, split_patches
 from torch import Tensor, nn
 
 from benchmarks.engines import (
-    CHECK_IMAGES,
     LOSS_TOLERANCE,
     AutocastEngine,
     Engine,
     WrongLoss,
+    check_images,
     check_method,
     check_step,
     demand,
@@ -177,7 +177,7 @@ def main(
     config, model = configured(a, of)
     method: Any = config.build(model)
     method.peers = Ranks.single()
-    small = synthetic(method, model.channels, CHECK_IMAGES, "cpu")
+    small = synthetic(method, model.channels, check_images(method), "cpu")
     errors: dict[str, float] = {}
     peers: dict[str, AutocastEngine] = {}
     for variant in (name, f"{name} patched") if a.apply else (name,):

@@ -89,7 +89,7 @@ def pairs(engine):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_sound_method_passes_the_check(name, precision):
     method = make(name)
-    errors = check_method(method, synthetic(method, 3, 4), precision)
+    errors = check_method(method, synthetic(method, 3, engines.check_images(method)), precision)
     assert errors["loss_error"] <= engines.LOSS_TOLERANCE[precision]
 
 
