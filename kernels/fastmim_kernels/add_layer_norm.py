@@ -309,6 +309,7 @@ def _(dnormed, dsum, total, mean, rstd, weight, x, scale, keep, x_dtype, *needs)
 
 
 def _save(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # four outputs, of which autograd would fill those without gradient
     x, residual, weight, bias, scale, keep, _ = inputs
     _, total, mean, rstd = output
     ctx.x_dtype, ctx.vector_dtypes = (
@@ -320,7 +321,10 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(total, mean, rstd, weight, x, scale, keep)
 
 
-def _backward(ctx, dnormed: Tensor, dsum: Tensor, *_):
+def _backward(ctx, dnormed: Tensor | None, dsum: Tensor | None, *_):
+    if dnormed is None and dsum is None:
+        return (None,) * 7
+    dnormed, dsum = (torch.zeros_like(ctx.saved_tensors[0]) if d is None else d for d in (dnormed, dsum))
     need_x, need_residual, *need_vectors = ctx.needs_input_grad[:5]
     needs = need_x, need_residual
     if ctx.dx_is_dresidual:  # one tensor is written and serves both

@@ -127,13 +127,16 @@ def _(dout, q, k, v, out, lse, segments, need_q, need_k, need_v):
 
 
 def _save(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
     q, k, v, ctx.segments = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, k, v, out, lse)
 
 
-def _backward(ctx, dout: Tensor, _dlse: Tensor | None):
+def _backward(ctx, dout: Tensor | None, _dlse: None):
+    if dout is None:
+        return (None,) * 4
     needs = ctx.needs_input_grad[:3]
     grads = _op_backward(dout, *ctx.saved_tensors, ctx.segments, *needs)
     dq, dk, dv = (grad if need else None for grad, need in zip(grads, needs, strict=True))

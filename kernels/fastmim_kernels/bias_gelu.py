@@ -148,10 +148,13 @@ def _(dout, x, bias, need_x, need_bias):
 
 
 def _save(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, dout: Tensor):
+def _backward(ctx, dout: Tensor | None):
+    if dout is None:
+        return None, None
     x, bias = ctx.saved_tensors
     need_x, need_bias = ctx.needs_input_grad
     dx, dbias = _op_backward(dout, x, bias, need_x, need_bias)

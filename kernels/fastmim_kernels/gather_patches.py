@@ -232,14 +232,15 @@ def _(dout, index, shape, dtype, patch, std):
 
 
 def _save(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
     image, index, ctx.patch, _, ctx.std, _ = inputs
     ctx.shape, ctx.dtype = image.shape, image.dtype
     ctx.save_for_backward(index)
 
 
-def _backward(ctx, dout: Tensor):
+def _backward(ctx, dout: Tensor | None):
     dimage = None
-    if ctx.needs_input_grad[0]:
+    if ctx.needs_input_grad[0] and dout is not None:
         dimage = _op_backward(dout, *ctx.saved_tensors, ctx.shape, ctx.dtype, ctx.patch, ctx.std)
     return dimage, None, None, None, None, None
 

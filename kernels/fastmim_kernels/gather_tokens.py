@@ -189,13 +189,16 @@ def _(dout, index, N, head, need_tokens, need_pos, need_cls):
 
 
 def _save(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
     tokens, index, pos, cls = inputs
     ctx.N, ctx.head = tokens.shape[1], cls is not None
     ctx.dtypes = [None if x is None else x.dtype for x in (tokens, pos, cls)]
     ctx.save_for_backward(index)
 
 
-def _backward(ctx, dout: Tensor):
+def _backward(ctx, dout: Tensor | None):
+    if dout is None:
+        return (None,) * 4
     need_tokens, _, need_pos, need_cls = ctx.needs_input_grad
     needs = need_tokens, need_pos, need_cls
     grads = _op_backward(dout, *ctx.saved_tensors, ctx.N, ctx.head, *needs)

@@ -222,6 +222,7 @@ def _(dloss, q, k, lse, rate, pull, norm, temperature, label_offset, normalize, 
 
 
 def _save(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
     q, k, *ctx.settings, _, labels = inputs
     _, lse, rate, pull, norm = output
     # on CUDA the keys of all ranks may go after the forward: without a gradient of theirs nothing reads them
@@ -230,7 +231,9 @@ def _save(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(lse, rate, pull, norm)
 
 
-def _backward(ctx, dloss: Tensor, *_):
+def _backward(ctx, dloss: Tensor | None, *_):
+    if dloss is None:
+        return (None,) * 7
     needs = ctx.needs_input_grad[:2]
     *saved, labels = ctx.saved_tensors
     grads = _op_backward(dloss, *saved, *ctx.settings, *needs, labels)

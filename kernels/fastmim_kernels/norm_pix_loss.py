@@ -254,11 +254,14 @@ def _(dloss, pred, target, normalize, eps, need_pred, need_target, distance=0, b
 
 
 def _save(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
     pred, target, ctx.normalize, ctx.eps, *ctx.form = inputs
     ctx.save_for_backward(pred, target)
 
 
-def _backward(ctx, dloss: Tensor):
+def _backward(ctx, dloss: Tensor | None):
+    if dloss is None:
+        return (None,) * 6
     needs = ctx.needs_input_grad[:2]
     grads = _op_backward(dloss, *ctx.saved_tensors, ctx.normalize, ctx.eps, *needs, *ctx.form)
     dpred, dtarget = (grad if need else None for grad, need in zip(grads, needs, strict=True))

@@ -252,12 +252,14 @@ def _(dloss, pred, image, index, patch, mean, std, normalize, eps, distance=0, b
 
 
 def _save(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
     pred, image, index, *ctx.options = inputs
     ctx.save_for_backward(pred, image, index)
 
 
-def _backward(ctx, dloss: Tensor):
-    return _op_backward(dloss, *ctx.saved_tensors, *ctx.options), *[None] * 9
+def _backward(ctx, dloss: Tensor | None):
+    dpred = None if dloss is None else _op_backward(dloss, *ctx.saved_tensors, *ctx.options)
+    return dpred, *[None] * 9
 
 
 _op.register_autograd(_backward, setup_context=_save)

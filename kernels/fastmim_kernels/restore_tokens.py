@@ -182,12 +182,15 @@ def _(dout, source, num_tokens, need_tokens, need_mask, need_pos):
 
 
 def _save(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
     tokens, source, mask_token, pos = inputs
     ctx.num_tokens, ctx.dtypes = tokens.shape[0], (tokens.dtype, mask_token.dtype, pos.dtype)
     ctx.save_for_backward(source)
 
 
-def _backward(ctx, dout: Tensor):
+def _backward(ctx, dout: Tensor | None):
+    if dout is None:
+        return (None,) * 4
     need_tokens, _, need_mask, need_pos = needs = ctx.needs_input_grad
     grads = _op_backward(dout, *ctx.saved_tensors, ctx.num_tokens, need_tokens, need_mask, need_pos)
     dtokens, dmask, dpos = (

@@ -102,8 +102,8 @@ FAULTS = [
     ),
     (
         PATCHES,
-        "if ctx.needs_input_grad[0]:",
-        "if not ctx.needs_input_grad[0]:",
+        "if ctx.needs_input_grad[0] and",
+        "if not ctx.needs_input_grad[0] and",
         "the image gets no gradient",
         "test_gather_patches and (gradient or public)",
     ),

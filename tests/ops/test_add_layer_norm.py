@@ -286,6 +286,15 @@ def test_public_op_matches_reference_and_compiles_to_one_graph(compiled, form, d
     torch.testing.assert_close(results[0], results[1])
 
 
+def test_compiled_where_the_sum_is_unused(device):
+    """As after the last block: the backward gets no gradient of it, and none is put in its place by hand."""
+    inputs = [v.requires_grad_() for v in make_inputs(3, 5, 48, FP32, device)[:4]]
+    normed = torch.compile(lambda *inputs: add_layer_norm(*inputs)[0], fullgraph=True)
+    reference = add_layer_norm_reference(*inputs, 1e-6, None, None)[0]
+    results = [torch.autograd.grad(out.square().mean(), inputs) for out in (normed(*inputs), reference)]
+    torch.testing.assert_close(*results)
+
+
 def test_gradients_come_in_the_dtype_of_their_input(device):
     x, residual, weight, bias, scale, keep, dnormed, _ = make_inputs(3, 5, 48, BF16, device)
     dtypes = [BF16, FP32, FP16, FP32, BF16]
