@@ -17,6 +17,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 import deepspeed
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import safe_get_local_fp32_param
 from torch import Tensor, nn
 
@@ -136,7 +137,18 @@ def wrap(method: Method, run: Run, plan: Plan) -> deepspeed.DeepSpeedEngine:
         config=deepspeed_dictionary(run, plan),
         dist_init_required=False,
     )
+    if plan.world == 1:
+        leave_gradients_in_place(engine)
     return engine
+
+
+def leave_gradients_in_place(engine: deepspeed.DeepSpeedEngine) -> None:
+    """On one rank, where a reduction flattens all gradients and then copies each back as it was, do none."""
+    if not engine.zero_optimization():
+        engine.enable_backward_allreduce = False
+    elif isinstance(engine.optimizer, DeepSpeedZeroOptimizer):  # ZeRO 1 and 2: what surrounds it must stay
+        engine.optimizer.buffered_reduce_fallback = lambda *_, **__: None
+    # ZeRO 3 takes its shards from the reduction, and DeepSpeed's BF16_Optimizer rounds fp32 sums in it
 
 
 def save_shards(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
@@ -218,6 +230,17 @@ def _fragment(parameter: Any) -> Shard:
     if mapping is None:
         return 0, torch.empty(0, device=parameter.device)
     return mapping.lp_fragment_address.start, mapping.hp_fragment.detach()
+
+
+def moved_values(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:
+    """The same values in the tensors in which the optimizer moves them: a few flat ones in ZeRO 1 and 2.
+
+    Never the padding of ZeRO 3, which holds what was in its memory before.
+    """
+    if engine.zero_optimization_partition_weights():
+        return [part for _, part in masters(engine).values() if part.numel()]
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)  # the one that DeepSpeed wraps
+    return [p.detach() for group in optimizer.param_groups for p in group["params"]]
 
 
 def masters_are_sharded(engine: deepspeed.DeepSpeedEngine) -> bool:

@@ -26,7 +26,7 @@ from fastmim.methods.base import Output
 
 
 class NonFinite(RuntimeError):
-    """The loss was not a finite number."""
+    """The loss of a step, or what it left in the weights, was not finite."""
 
 
 class Stopwatch:
@@ -63,16 +63,16 @@ class Metrics:
     ):
         self.plan, self.ranks, self.log_every = plan, ranks, log_every
         self.images_per_rank = batch / plan.world
-        self.pending: list[tuple[int, float, dict[str, Tensor]]] = []
+        self.pending: list[tuple[int, float, dict[str, Tensor], Tensor]] = []
         self.report = Report(run_dir, plan, start_step) if ranks.is_main else None
         self.diagnose, self.warned = diagnose, False
         self.restart_clock()
 
-    def add(self, step: int, rate: float, outputs: Sequence[Output]) -> None:
-        """Take the outputs of one step's micro-batches. No transfer, no wait."""
+    def add(self, step: int, rate: float, outputs: Sequence[Output], left: Tensor) -> None:
+        """Take the outputs of one step's micro-batches, and what `Finite` saw. No transfer, no wait."""
         rows = [{"loss": o.loss.detach(), **o.metrics} for o in outputs]
         means = {name: torch.stack([row[name].float() for row in rows]).mean() for name in rows[0]}
-        self.pending.append((step, rate, means))
+        self.pending.append((step, rate, means, left))
 
     def due(self, step: int) -> bool:
         return step % self.log_every == 0
@@ -81,11 +81,11 @@ class Metrics:
         """Bring the interval to the host and write it. A call for all ranks at once; raises `NonFinite`."""
         if not self.pending:
             return
-        values = torch.stack([torch.stack(list(means.values())) for _, _, means in self.pending])
+        values = torch.stack([torch.stack([*means.values(), left]) for _, _, means, left in self.pending])
         if self.ranks.world > 1:
             torch.distributed.all_reduce(values)
             values /= self.ranks.world
-        table = values.tolist()  # the one wait for the device
+        *columns, left = zip(*values.tolist(), strict=True)  # the one wait for the device
         seconds = time.perf_counter() - self.clock
         names = list(self.pending[0][2])
         rows: list[dict[str, Any]] = [
@@ -95,7 +95,7 @@ class Metrics:
                 **dict(zip(names, line, strict=True)),
                 "lr": rate,
             }
-            for (step, rate, _), line in zip(self.pending, table, strict=True)
+            for (step, rate, *_), line in zip(self.pending, zip(*columns, strict=True), strict=True)
         ]
         rows[-1]["images_per_s"] = self.images_per_rank * len(rows) / seconds
         rows[-1]["data_wait"] = min(seconds_waiting / seconds, 1.0)
@@ -104,12 +104,7 @@ class Metrics:
         self.restart_clock()
         if self.report:
             self.report.write(rows)
-        bad = [row["step"] for row in rows if not math.isfinite(row["loss"])]
-        if bad:
-            raise NonFinite(
-                f"loss is not finite at step {bad[0]} (reported at step {rows[-1]['step']}); "
-                "no checkpoint was made since. Lower --optim.blr or set --optim.clip"
-            )
+        require_finite(rows, left)
         if self.report and not self.warned and (warning := self.diagnose(rows[-1])):
             self.report.warn(rows[-1]["step"], warning)
             self.warned = True
@@ -120,6 +115,18 @@ class Metrics:
     def close(self) -> None:
         if self.report:
             self.report.close()
+
+
+def require_finite(rows: Sequence[Mapping[str, Any]], left: Sequence[float]) -> None:
+    """Raise `NonFinite` for the first step whose loss is not finite, or after which the weights are not."""
+    for row, size in zip(rows, left, strict=True):
+        what = "loss is" if not math.isfinite(row["loss"]) else "gradients or weights are"
+        if not math.isfinite(row["loss"] + size):
+            raise NonFinite(
+                f"{what} not finite at step {row['step']}, with a loss of {row['loss']:.4g} and a rate of "
+                f"{row['lr']:.3g} (seen at step {rows[-1]['step']}). No checkpoint was made of it: the last "
+                "one is from before. Try a lower --optim.blr, --optim.clip 1, or --precision fp32"
+            )
 
 
 class Report:
