@@ -53,19 +53,24 @@ def start(arguments: Sequence[str] | None) -> None:
         return
 
     from fastmim.engine import pretrain  # imports DeepSpeed: seconds that --help need not take
+    from fastmim.engine.deepspeed import leave_process_group
 
     try:
         prepared = pretrain.prepare(command.run)
     except pretrain.REFUSALS as error:  # the same on every rank
+        leave_process_group()
         stop(error, 2, say=first)
     try:
         pretrain.train(prepared, arguments=arguments)
     except pretrain.ENDINGS as error:
+        if isinstance(error, pretrain.SHARED_ENDINGS):
+            leave_process_group()
         stop(error, 1, say=True)
     except KeyboardInterrupt:
         saved = any(prepared.checkpoints.folder.glob("step-*"))
         hint = f"--run-dir {prepared.run_dir} --resume continues" if saved else "no checkpoint was made yet"
         raise KeyboardInterrupt(f"in training; {hint}") from None
+    leave_process_group()
 
 
 def stop(error: Exception, code: int, *, say: bool) -> NoReturn:

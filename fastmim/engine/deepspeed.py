@@ -47,24 +47,35 @@ def start_process_group(device: str) -> Ranks:
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
     if not dist.is_initialized():
-        meet("nccl" if device == "cuda" else "gloo")
+        meet(torch.device("cuda", local_rank) if device == "cuda" else None)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return Ranks.from_environment()
 
 
-def meet(backend: str) -> None:
-    """Join the other ranks where the launcher said. ValueError if that place is taken or out of reach."""
+def meet(device: torch.device | None) -> None:
+    """Join the other ranks where the launcher said, by NCCL on this rank's CUDA device, else by gloo.
+
+    ValueError if that place is taken or out of reach.
+    """
+    # told its device, NCCL meets at once and on the right one, not by a guess at the first barrier
+    how: dict[str, Any] = {"backend": "gloo" if device is None else "nccl", "device_id": device}
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # alone: no port to share with other runs
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(**how, store=dist.HashStore(), rank=0, world_size=1)
         return
     try:
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        dist.init_process_group(**how, timeout=COLLECTIVE_TIMEOUT)
     except dist.DistNetworkError as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ValueError(
             f"ranks: cannot meet at {place}; does another run use it? Give deepspeed another --master_port "
             f"({str(error).splitlines()[0]})"
         ) from error
+
+
+def leave_process_group() -> None:
+    """Leave the ranks, if they had met. The last call of all together: who fails alone must not wait."""
+    if dist.is_initialized():
+        deepspeed.comm.destroy_process_group()
 
 
 def deepspeed_dictionary(run: Run, plan: Plan) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from fastmim.engine.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from fastmim.engine.config import Plan, Run, as_dict, fingerprint, make_plan, run_facts
 from fastmim.engine.deepspeed import start_process_group, whole_state, wrap
 from fastmim.engine.doctor import versions
+from fastmim.engine.extension import build_fused_adam
 from fastmim.engine.loop import train_loop
 from fastmim.engine.metrics import Metrics, NonFinite
 from fastmim.engine.pictures import draw_loss, draw_reconstruction
@@ -51,7 +52,8 @@ from fastmim.views import Batch, augmented
 log = logging.getLogger("fastmim")
 
 REFUSALS = (ValueError, ImportError, RankError, CheckpointError)  # of `prepare`
-ENDINGS = (NonFinite, CheckpointError, BadImages)  # of `train`
+SHARED_ENDINGS = (NonFinite, CheckpointError)  # of `train`, the same on every rank
+ENDINGS = (*SHARED_ENDINGS, BadImages)  # the last on one rank, while others may be in the middle of a step
 
 
 def device_type() -> Literal["cuda", "cpu"]:
@@ -103,6 +105,8 @@ def prepare(run: Run) -> Prepared:
     check_decoder(run.data.decoder, run.model.channels)
     check_optimizer(run.optim)
     ranks = start_process_group(device)
+    if run.optim.name == "deepspeed":
+        ranks.all_succeed(build_fused_adam, "building the optimizer")
     images = ranks.all_succeed(lambda: images_of(run), "finding the images")
     plan = make_plan(run, images, world=ranks.world, device=device)
     sizes = ranks.all_succeed(lambda: sizes_of(run, plan, images, ranks), "looking at the images")
