@@ -13,63 +13,75 @@ from fastmim.data.bad_image import BadImage
 
 MARKER = re.compile(rb"\xff[^\x00\xff]")
 AFTER_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # not stuffing, not a restart
-TABLES, SCAN, END, ADOBE = 0xC4, 0xDA, 0xD9, 0xEE
-ALONE = {0x01, 0xD8, *range(0xD0, 0xD8)}  # without a length
+START, SCAN, END, ADOBE = 0xD8, 0xDA, 0xD9, 0xEE
+ALONE = {0x01, START, *range(0xD0, 0xD8)}  # without a length
+RESERVED = range(0x02, 0xC0)
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers that say how a JPEG is coded
+TABLES = {0xC4, 0xCC, 0xDB}
 HUFFMAN, ARITHMETIC = {0xC0, 0xC1, 0xC2}, {0xC9, 0xCA}  # baseline, extended, progressive
 KINDS = {0xC3: "lossless", 0xCB: "lossless", 0xC7: "hierarchical", 0xCF: "hierarchical"}
 
 
 @dataclass(frozen=True)
 class Jpeg:
-    """A whole JPEG of a kind that is decoded."""
+    """What a JPEG of a kind that is decoded says in front of its first scan, which begins at byte `scan`."""
 
     height: int
     width: int
     bands: int
     sequential: bool
-    plain: (
-        bool  # grey or YCbCr, Huffman-coded, of nothing but segments and scans: every decoder reads it alike
-    )
+    plain: bool  # grey or YCbCr, Huffman-coded, no byte between segments: every decoder reads it alike
+    scan: int
 
 
 def read_jpeg(data: bytes) -> Jpeg:
     """BadImage if it is not whole, or of a kind that is not decoded."""
-    frame: Jpeg | None = None
-    following: tuple[int, ...] = ()
-    at, scans, plain, rgb = 2, 0, True, False
-    while found := (AFTER_SCAN if scans else MARKER).search(data, at):
-        marker, start = data[found.end() - 1], found.end()
+    found = read_front(data)
+    # behind the only scan of a sequential picture nothing belongs that another needs
+    single = found.sequential and data[found.scan + 2] == found.bands
+    wrong = {START, *RESERVED, *FRAMES} | ({SCAN, *TABLES} if single else set())
+    at = found.scan + 2
+    while after := AFTER_SCAN.search(data, at):
+        marker, at = data[after.end() - 1], after.end()
         if marker == END:
-            break
-        # in front of a scan no byte lies between segments; behind one come others of a picture in several
-        plain = plain and (marker in following if scans else found.start() == at and marker not in ALONE)
-        at = start
-        if marker in ALONE or marker < min(FRAMES):  # the latter is damage within coded data
-            continue
-        length = int.from_bytes(data[start : start + 2])
-        at += length
-        if length < 2 or at > len(data):
-            raise BadImage(f"damaged: a segment of a JPEG (0xff{marker:02x}) of {length} bytes")
+            return found
+        if marker in wrong:
+            raise BadImage(f"damaged: marker 0xff{marker:02x} within or behind the coded data of a JPEG")
+        if marker not in ALONE:
+            at = _end(data, marker, at)
+    raise BadImage("truncated: JPEG without its end marker")
+
+
+def read_front(data: bytes) -> Jpeg:
+    """Up to the first scan. BadImage if there is none, or it is of a kind that is not decoded."""
+    frame: Jpeg | None = None
+    at, plain, rgb = 2, True, False
+    while found := MARKER.search(data, at):
+        marker, start = data[found.end() - 1], found.end()
+        plain = plain and found.start() == at and marker not in ALONE
+        at = start if marker in ALONE else _end(data, marker, start)
         if marker in FRAMES:
             if frame:
                 raise BadImage("damaged: a JPEG with two frames")
             frame = _frame(marker, data[start + 2 : at])
             rgb = rgb or data[start + 8 : at : 3] == b"RGB"
-        elif marker == ADOBE and data.startswith(b"Adobe", start + 2) and length >= 14:
+        elif marker == ADOBE and data.startswith(b"Adobe", start + 2) and at - start >= 14:
             rgb = rgb or data[start + 13] == 0
         elif marker == SCAN:
             if not frame:
-                raise BadImage("damaged: a JPEG with a scan before its frame")
-            scans += 1
-            whole = data[start + 2] == frame.bands and frame.sequential
-            following = () if whole else (TABLES, SCAN)
-    else:
-        raise BadImage("truncated: JPEG without its end marker")
-    if not frame or not scans:
-        raise BadImage(f"truncated: JPEG that ends before its {'first scan' if frame else 'header'}")
-    plain = plain and frame.plain and not (rgb and frame.bands == 3)
-    return replace(frame, plain=plain)
+                raise BadImage("damaged: a JPEG with a scan in front of its frame")
+            return replace(frame, plain=plain and frame.plain and not (rgb and frame.bands == 3), scan=start)
+        elif marker == END:
+            raise BadImage("truncated: JPEG that ends in front of its first scan")
+    raise BadImage("truncated: JPEG without its end marker")
+
+
+def _end(data: bytes, marker: int, start: int) -> int:
+    """Where the segment ends whose length stands at `start`."""
+    length = int.from_bytes(data[start : start + 2])
+    if marker != END and (length < 2 or start + length > len(data)):
+        raise BadImage(f"damaged: segment 0xff{marker:02x} of a JPEG says it has {length} bytes")
+    return start + length
 
 
 def _frame(marker: int, frame: bytes) -> Jpeg:
@@ -86,4 +98,4 @@ def _frame(marker: int, frame: bytes) -> Jpeg:
         raise BadImage(f"JPEG of {bands} bands is not decoded; of 1 (grey), 3 (colour) and 4 (CMYK) is")
     height, width = int.from_bytes(frame[1:3]), int.from_bytes(frame[3:5])
     sequential = marker in (0xC0, 0xC1, 0xC9)
-    return Jpeg(height, width, bands, sequential, marker in HUFFMAN and bands < 4)
+    return Jpeg(height, width, bands, sequential, marker in HUFFMAN and bands < 4, 0)

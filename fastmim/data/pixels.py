@@ -47,11 +47,14 @@ LEVELS, DEEP = 255, 65535
 
 
 def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """(height, width) of a JPEG that leaves nothing to interpretation, which DALI decodes; None of others."""
+    """(height, width) of a JPEG that leaves nothing to interpretation, which DALI decodes; None of others.
+
+    That it is whole `read_header` has seen.
+    """
     if not data.startswith(b"\xff\xd8\xff"):
         return None
     try:
-        found = jpeg.read_jpeg(data)
+        found = jpeg.read_front(data)
     except BadImage:
         return None
     return (found.height, found.width) if found.plain else None
@@ -183,7 +186,13 @@ def _tiff(data: bytes, facts: tiff.Tiff, deep: bool) -> Image.Image:
     plain, maxval = tiff.plain_tags(data, facts), 2**facts.bits - 1
 
     def opened() -> ImageFile.ImageFile:
-        return TiffImagePlugin.TiffImageFile(BytesIO(plain))
+        try:
+            return TiffImagePlugin.TiffImageFile(BytesIO(plain))
+        except SyntaxError:
+            raise BadImage(
+                f"TIFF of {facts.bands} bands of {facts.bits}-bit {facts.color} with such extra samples is"
+                f" not decoded; {tiff.ACCEPTED}"
+            ) from None
 
     if facts.bits == 16 and facts.bands >= 3:
         values = _both_bytes(opened)

@@ -79,7 +79,8 @@ def read_tiff(data: bytes) -> Tiff:
         raise refuse("floating-point numbers" if 3 in formats else f"sample format {max(formats)}")
     if len(set(bits)) > 1 or bits[0] not in DEPTHS[color]:
         raise refuse(f"{depth} {color}")
-    if not base <= bands <= base + 1 + 2 * (color in ("RGB", "CMYK")) or (bands > base + 1 and bits[0] > 8):
+    many = bands > base + (0 if color in ("grey", "palette", "CMYK") else 1) and bits[0] != 8
+    if not base <= bands <= base + 1 + 2 * (color in ("RGB", "CMYK")) or many:
         raise refuse(f"{bands} bands of {depth} {color}")
     signed = formats == {2}
     if signed and (bits[0] not in (8, 16) or color not in ("grey", "RGB")):

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 BATCH = 8
-SILENCE_S = 60.0
+SILENCE_S, START_S = 60.0, 300.0  # of eight images, and of a start, which imports DALI
 MAX_PIXELS = 500_000  # here: sizes are mutated too, and pictures of 500 MB each would take the time
 ROOT = Path(__file__).parents[2]
 WORKER = ["-m", "tests.data.fuzz_files", "--work"]  # the process that may die
@@ -142,6 +142,7 @@ def work(seed: int, first: int, end: int) -> None:
     options = {"batch": BATCH, "channels": 3, "threads": 2, "depth": 1, "device": cpu}
     whole = {name: make_decoder(name, (), **options) for name in ("dali", "pillow")}
     cut = {name: make_decoder(name, (view,), **options) for name in whole}
+    print(json.dumps({"ready": True}), flush=True)
     for begin in range(first, end, BATCH):
         print(json.dumps({"begin": begin}), flush=True)
         files = [mutated(goods, seed, i) for i in range(begin, min(begin + BATCH, end))]
@@ -189,24 +190,24 @@ def watch(seed: int, first: int, end: int) -> Iterator[dict]:
     """Lines of one process; {"died": begin, "why": ...} if it ended before its work."""
     child = subprocess.Popen(
         [sys.executable, *WORKER, str(seed), str(first), str(end)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, cwd=ROOT,  # or a line waits unseen
         env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
     )  # fmt: skip
     selector = selectors.DefaultSelector()
     selector.register(child.stdout, selectors.EVENT_READ)
-    begun, why = first, None
+    begun, why, patience_s = first, None, START_S
     os.set_blocking(child.stderr.fileno(), False)
     said = b""
     try:
         while True:
-            if not selector.select(SILENCE_S):
-                why = f"no word for {SILENCE_S:.0f} s"
+            if not selector.select(patience_s):
+                why = f"no word for {patience_s:.0f} s"
                 break
             line = child.stdout.readline()
             said = (said + (child.stderr.read() or b""))[-2000:]
             if not line:
                 break
-            row = json.loads(line)
+            row, patience_s = json.loads(line), SILENCE_S
             begun = row.get("begin", begun)
             yield row
         if why is None and (status := child.wait()):

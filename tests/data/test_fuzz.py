@@ -28,6 +28,7 @@ def test_images_of_a_seed_are_always_the_same_and_broken():
 WORKER = """
 import json, os, sys, time
 seed, first, end = map(int, sys.argv[-3:])
+print("{}", flush=True)
 for begin in range(first, end, 8):
     print(json.dumps({"begin": begin}), flush=True)
     wrong = []
@@ -41,7 +42,7 @@ for begin in range(first, end, 8):
     ("fault", "said"),
     [
         ("os.abort()", "SIGABRT"),
-        ("time.sleep(100)", "no word for 3 s"),
+        ("time.sleep(100)", "no word for 2 s"),
         ("raise KeyError('of ours')", "of ours"),
         ("wrong = [[10, 'they differ']]", "they differ"),
     ],
@@ -50,7 +51,7 @@ def test_one_that_ends_the_process_is_named_and_kept(fault, said, tmp_path, monk
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER.replace("FAULT", fault))
     monkeypatch.setattr(fuzz_files, "WORKER", [str(worker)])
-    monkeypatch.setattr(fuzz_files, "SILENCE_S", 3.0)
+    monkeypatch.setattr(fuzz_files, "SILENCE_S", 2.0)
     [line] = fuzz_files.fuzz(seed=7, first=0, count=30, kept=tmp_path / "kept")
     assert said in line
     victim = fuzz_files.mutated(fuzz_files.originals(), 7, 10)[1]

@@ -290,6 +290,8 @@ REFUSED = {
         encode(0).replace(b"\xff\xc0\0\x11\x08", b"\xff\xc1\0\x11\x0c"),
         "12-bit JPEG is not decoded; 8-bit is",
     ),
+    "grey and alpha of 16 bits": (encoders.tiff(GA16, 16, 1, extra=(2,)), "TIFF of 2 bands of 16-bit grey"),
+    "grey and what?": (encoders.tiff(GA8, 8, 1), "2 bands of 8-bit grey with such extra samples is not"),
     "GIF": (encode(0, fmt="GIF"), "GIF format is not decoded; JPEG, PNG"),
     "PFM": (b"Pf\n1 1\n-1.0\n\0\0\0\0", "floating-point numbers.* is not decoded"),
     "maxval": (encoders.netpbm(ramp(4095, 1), 1000), "where maxval is 1000"),
@@ -395,15 +397,17 @@ def test_adobes_inverted_inks(decoder):
     assert np.abs(image.numpy().astype(int) - (204, 102, 255)).max() <= 1
 
 
-def test_damage_in_a_scan_is_not_left_to_dali():
+def test_damage_in_a_scan_is_seen_in_front_of_the_decoders():
     """Markers that belong nowhere: libjpeg bears them until it is asked for the end of the file."""
     data = encode(5)
     at = data.index(b"\xff\xda") + 60
     for stray in (b"\xff\x63", b"\xff\xd8", b"\xff\xff\x12"):
         broken = data[:at] + stray + data[at + len(stray) :]
-        assert image_size(broken) == image_size(data) and plain_jpeg_size(broken) is None
-    # restarts, stuffing, scans of a progressive file and tables between them do
-    assert plain_jpeg_size(encode(5, restart_marker_blocks=2)) == plain_jpeg_size(encode(5, progressive=True))
+        with pytest.raises(BadImage, match="damaged: marker 0xff.. within or behind the coded data"):
+            image_size(broken)
+    # restarts, stuffing, scans of a progressive file and tables between them belong
+    for options in ({"restart_marker_blocks": 2}, {"progressive": True}, {"quality": 100}):
+        assert image_size(encode(5, **options)) == plain_jpeg_size(encode(5, **options)) == (40, 48)
 
 
 def test_the_orientation_of_a_png_with_long_text_is_kept(tmp_path):

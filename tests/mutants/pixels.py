@@ -27,7 +27,13 @@ FAULTS = [
         "verify asks another decoder",
         "which_trains",
     ),
-    (JPEG, "(marker in following if scans", "(True if scans", "damage in a scan is DALI's", "in_a_scan"),
+    (
+        JPEG,
+        "        if marker in wrong:",
+        "        if marker < 0:",
+        "damage in a scan is DALI's",
+        "in_a_scan",
+    ),
     (
         DALI,
         "images[slot] = to_device(_cut(task.result(), slot, request.draws), self._device)",
