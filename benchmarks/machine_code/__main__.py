@@ -19,10 +19,10 @@ from benchmarks.machine_code import bounds
 from benchmarks.machine_code.forecast import CHIPS, TABLE, estimate, table
 
 
-def lines(case: dict[str, Any]) -> Iterator[str]:
-    """One for the case and its forecast, and one for each kernel."""
-    ahead = []
-    for chip in CHIPS:
+def lines(case: dict[str, Any], sm: int) -> Iterator[str]:
+    """One for the case, and one for each kernel; forecasts, targets and products are of Hopper alone."""
+    ahead = [] if sm == 90 else [f"sm_{sm}"]
+    for chip in CHIPS if sm == 90 else ():
         a = estimate(case, chip)
         ahead.append(f"{chip} {a['ms']:.3f} ms, {100 * a['share']:.0f} % of bandwidth, by {a['limit']}")
     yield "   ".join((case["name"], *ahead))
@@ -31,8 +31,10 @@ def lines(case: dict[str, Any]) -> Iterator[str]:
             " ".join(f"{number}x{bits}" for bits, number in k[what].items()) or "-"
             for what in ("load", "store")
         )
-        missed = ", ".join(f"{name} of {want}" for name, want in bounds.missed(case, k).items())
-        products = f"  MMA/issue {k['mma']:.2f}, issued {k['mma_issued']:.2f}" if k["flops"] else ""
+        missed = ", ".join(f"{name} of {want}" for name, want in bounds.missed(case, k).items() if sm == 90)
+        products = (
+            f"  MMA/issue {k['mma']:.2f}, issued {k['mma_issued']:.2f}" if k["flops"] and sm == 90 else ""
+        )
         yield (
             f"  {k['kernel']:<40} {k['registers']:>3} registers  {k['spills']} spills  "
             f"{k['blocks']:>2} blocks/SM  load {load}  store {store}  {k['barriers']} barriers  "
@@ -75,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         measured = []
         for case in measure_all(names, sm, a.out):
             measured.append(case)
-            print(*lines(case), sep="\n", flush=True)
+            print(*lines(case, sm), sep="\n", flush=True)
         if a.record:
             new = bounds.recorded(measured, known, triton.__version__, sm, order=every)
             TABLE.write_text(bounds.written(new))
