@@ -40,7 +40,16 @@ NULL = DEVICE == "cuda" and "NULL_CUDA" in os.environ  # a driver that runs noth
 NULL_DEVICE = "a null device, which computes nothing"
 if NULL:
     torch.backends.cuda.enable_cudnn_sdp(False)  # its plans want a real device
-PACKAGES = ("torch", "triton", "xformers", "deepspeed", "nvidia-dali-cuda130", "timm", "transformers")
+PACKAGES = (
+    "torch",
+    "triton",
+    "xformers",
+    "mslk-cuda",
+    "deepspeed",
+    "nvidia-dali-cuda130",
+    "timm",
+    "transformers",
+)
 SOURCES = ("fastmim/**/*.py", "kernels/**/*.py", "benchmarks/**/*.py", "csrc/*.cpp", "csrc/*.h")
 QUANTILES = (0.2, 0.5, 0.8)
 

@@ -253,7 +253,7 @@ def add_work(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model", choices=VITS, default="vit_base")
     p.add_argument("--batch", type=int, default=256, help="images per GPU and step")
     p.add_argument("--precision", choices=DTYPES, default="bf16" if DEVICE == "cuda" else "fp32")
-    p.add_argument("--attention", choices=["auto", "xformers", "sdpa", "tile"], default="auto")
+    p.add_argument("--attention", choices=["auto", "xformers", "sdpa", "tile", "varlen"], default="auto")
     p.add_argument("--engine", choices=["auto", "deepspeed", "plain"], default="auto")
     p.add_argument("--zero", type=int, choices=range(4), default=1)
     p.add_argument("--image-size", type=int)

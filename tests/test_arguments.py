@@ -137,6 +137,10 @@ def test_doctor_says_what_and_why():
     assert report["versions"]["torch"]
     assert {"attention", "kernels", "decoder", "optimizer", "precision", "csrc"} <= report["choices"].keys()
     assert all(choice["use"] and choice["why"] for choice in report["choices"].values())
+    backends = report["attention_backends"]
+    assert list(backends) == ["xformers", "sdpa", "tile", "varlen"] and backends["sdpa"] == "serves"
+    if report["choices"]["precision"]["use"] == "fp32":  # no GPU
+        assert "no cpu operator" in backends["varlen"] and "torch 2.1" in backends["xformers"]
 
 
 def test_an_unknown_command_names_the_nearest():

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from fastmim_kernels import native
-from fastmim_kernels.attention import choose_attention
+from fastmim_kernels.attention import choose_attention, obstacles
+from fastmim_kernels.attention_xformers import serving
 
 PACKAGES = (
-    "fastmim", "torch", "triton", "numpy", "xformers", "deepspeed", "nvidia-dali-cuda130", "pillow",
-    "safetensors", "tyro", "tensorboard", "ninja", "apex",
+    "fastmim", "torch", "triton", "numpy", "xformers", "mslk-cuda", "deepspeed", "nvidia-dali-cuda130",
+    "pillow", "safetensors", "tyro", "tensorboard", "ninja", "apex",
 )  # fmt: skip
 
 
@@ -54,6 +55,22 @@ def devices() -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def attention_backends() -> dict[str, str]:
+    """Each backend of attention: "serves", or what keeps it from serving here, with the remedy.
+
+    Of bf16 on a GPU, fp32 on a CPU, heads of 64, short sequences: what a run asks for by default.
+    """
+    cuda = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    lines = {name: why or "serves" for name, why in obstacles((1,), 64, dtype, device).items()}
+    if lines["xformers"] == "serves":
+        package, wrong = serving()
+        lines["xformers"] = "; ".join((f"serves, by {package}", *wrong))
+    if not cuda:
+        lines["tile"] = "serves where it is asked for, by its definition"
+    return lines
 
 
 def choices() -> dict[str, dict[str, str | bool]]:
@@ -99,7 +116,12 @@ def choices() -> dict[str, dict[str, str | bool]]:
 
 def report() -> dict[str, Any]:
     """All of it as plain values."""
-    return {"versions": versions(), "devices": devices(), "choices": choices()}
+    return {
+        "versions": versions(),
+        "devices": devices(),
+        "choices": choices(),
+        "attention_backends": attention_backends(),
+    }
 
 
 def print_report(content: dict[str, Any]) -> None:
@@ -107,6 +129,9 @@ def print_report(content: dict[str, Any]) -> None:
         print("device    ", ", ".join(f"{name} {value}" for name, value in device.items()))
     for name, choice in content["choices"].items():
         print(f"{name:<10} {choice['use']}: {choice['why']}")
+        if name == "attention":
+            for backend, answer in content["attention_backends"].items():
+                print(f"{'':<10} {backend}: {answer}")
     found = content["versions"]
     print("versions  ", ", ".join(f"{name} {v}" for name, v in found.items() if v))
     absent = [name for name, v in found.items() if v is None]

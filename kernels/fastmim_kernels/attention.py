@@ -5,9 +5,11 @@
 `segments` splits the T tokens of every sample into runs that do not see one another. R-MAE packs its
 two views so: segments (50, 148) of T = 198 tokens, one linear layer and one attention call for both.
 
-Backends  "xformers": memory_efficient_attention, one call with a BlockDiagonalMask over the batch.
+Backends  "xformers": memory_efficient_attention of xformers or its heir MSLK, one call with a
+          BlockDiagonalMask over the batch, attention_xformers.py.
           "sdpa": torch's scaled_dot_product_attention, once per segment.
           "tile": our own kernels for segments of at most 256 tokens, attention_tile.py.
+          "varlen": torch.nn.attention.varlen, one call over the packed segments, attention_varlen.py.
           "auto": on the CPU sdpa. On CUDA those that can serve are timed, once for each kind of call, and
           the fastest serves; `attention_choices` says which, and the milliseconds of each.
 Numbers   the backends differ by rounding only. Two ranks, or two runs, may measure differently: where the
@@ -15,14 +17,10 @@ Numbers   the backends differ by rounding only. Two ranks, or two runs, may meas
 Tracing   torch.compile measures while it traces and takes the answer as a constant. A CUDA graph may not
           be measured in: what its warm-up has not chosen is served by sdpa, and not remembered.
 Shapes    q, k, v `[B, T, H, d]`, any strides with a contiguous last dim; out `[B, T, H, d]`.
-Limits    xformers 0.0.34 to 0.0.35: the releases after them move its attention to another package.
-
-This is the only file that knows xformers.
 """
 
 from collections.abc import Sequence
-from functools import cache, lru_cache
-from importlib.metadata import PackageNotFoundError, version
+from functools import cache
 from typing import Literal
 
 import torch
@@ -40,13 +38,15 @@ from fastmim_kernels.attention_timing import (
     fastest,
     pin_attention_choices,
 )
+from fastmim_kernels.attention_varlen import attention_varlen, why_no_varlen
+from fastmim_kernels.attention_xformers import attention_xformers, remedy, why_no_xformers
 
 __all__ = [
-    "Backend", "attention", "attention_choices", "attention_reference", "choose_attention",
-    "pin_attention_choices", "why_no_xformers",
+    "Backend", "attention", "attention_choices", "attention_reference", "choose_attention", "obstacles",
+    "pin_attention_choices",
 ]  # fmt: skip
 
-Backend = Literal["auto", "xformers", "sdpa", "tile"]
+Backend = Literal["auto", "xformers", "sdpa", "tile", "varlen"]
 MEASURED_ON = "cuda"
 
 
@@ -72,71 +72,31 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, segments: tuple[int, ...]) -> Tensor:
     return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)).transpose(1, 2)
 
 
-@lru_cache(maxsize=16)
-def _block_diagonal(segments: tuple[int, ...], batch: int, device: torch.device):
-    # built once per shape: its offsets go to the device, which would be a copy per layer and step
-    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
-
-    return BlockDiagonalMask.from_seqlens(list(segments) * batch, device=device)
-
-
-def _xformers(q: Tensor, k: Tensor, v: Tensor, segments: tuple[int, ...]) -> Tensor:
-    from xformers.ops import memory_efficient_attention
-
-    B, T, H, d = q.shape
-    if len(segments) == 1:
-        return memory_efficient_attention(q, k, v)
-    mask = _block_diagonal(segments, B, q.device)
-    packed = (x.reshape(1, B * T, H, d) for x in (q, k, v))
-    return memory_efficient_attention(*packed, attn_bias=mask).view(B, T, H, d)
-
-
 BACKENDS: dict[str, Serve] = {
-    "xformers": _xformers,
+    "xformers": attention_xformers,
     "sdpa": _sdpa,
     "tile": attention_tile,
+    "varlen": attention_varlen,
 }
 
 
 # --- what can serve -------------------------------------------------------------------------------------
 
 
-def _installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-XFORMERS = _installed("xformers")  # looked up once: the choice below is made at every call
-
-
-@torch.compiler.assume_constant_result
-@cache
-def why_no_xformers() -> str | None:
-    """What keeps xformers from serving on this CUDA device, or None if nothing does.
-
-    Tried, not deduced, once: a wheel installs beside any torch, and its operators may yet fail to load.
-    """
-    if XFORMERS is None:
-        return "xformers is not installed"
-    try:
-        q = torch.zeros(1, 8, 1, 32, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        _xformers(q, q, q, (3, 5)).sum().backward()
-    except Exception as error:
-        return f"xformers {XFORMERS} does not work here: {str(error).strip().splitlines()[0]}"
-    return None
-
-
 def obstacles(segments: Sequence[int], width: int, dtype: torch.dtype, device: str) -> dict[str, str | None]:
     """Every backend and what keeps it from such a call, None if nothing does."""
-    if device != "cuda":
-        xformers: str | None = f"xformers has no {device} operator"
+    if device != "cuda":  # here too the remedy: the machine with a GPU may be installed like this one
+        xformers: str | None = f"xformers has no {device} operator; {remedy()}"
     elif dtype not in HALF:
         xformers = f"xformers' fast operators want bf16 or fp16, this is {str(dtype).removeprefix('torch.')}"
     else:
         xformers = why_no_xformers()
-    return {"xformers": xformers, "sdpa": None, "tile": why_no_tile(segments, width, dtype, device)}
+    return {
+        "xformers": xformers,
+        "sdpa": None,
+        "tile": why_no_tile(segments, width, dtype, device),
+        "varlen": why_no_varlen(width, dtype, device),
+    }
 
 
 def choose_attention(requested: Backend, device: str, dtype: torch.dtype) -> tuple[Backend, str]:
@@ -154,10 +114,11 @@ def choose_attention(requested: Backend, device: str, dtype: torch.dtype) -> tup
     if device != MEASURED_ON:
         return "sdpa", f"torch's own kernels serve on {device}"
     able = [name for name, obstacle in found.items() if obstacle is None]
+    reasons = [obstacle for obstacle in found.values() if obstacle is not None]
     if able == ["sdpa"]:
-        return "sdpa", str(found["xformers"])
+        return "sdpa", "; ".join(reasons)
     why = f"the fastest of {', '.join(able)}, measured at the first call of each shape"
-    return "auto", why if found["xformers"] is None else f"{why}; {found['xformers']}"
+    return "auto", "; ".join((why, *reasons))
 
 
 # --- the fastest ------------------------------------------------------------------------------------------
@@ -172,7 +133,7 @@ def _fastest(
     dtype_name = str(dtype).removeprefix("torch.")
     call = Call(segments, heads, width, batch, layout, dtype_name, grad, _name_of(device))
     found = obstacles(segments, width, dtype, device.type)
-    return fastest(call, dtype, device, BACKENDS, found, cuda_ms)
+    return fastest(call, dtype, device, BACKENDS, found, cuda_ms, attention_reference)
 
 
 @cache

@@ -3,7 +3,10 @@
 What is timed is what will run: forward, and backward where a gradient is wanted, in the same dtype, shape and
 layout, on random values. The batch is the power of two that the call's own reaches, but no more than HEADS
 heads of all samples, which fill a GPU several times over: the memory it takes is bounded, and larger batches
-rank alike. A backend that fails, or does not agree with sdpa, is left out and named.
+rank alike. A backend that fails, or does not agree with sdpa, is left out and named. Where sdpa itself fails
+(no memory, no kernel for the device, no plan of cuDNN's) it is left out too, and the others must agree with
+the definition in fp32 on the first samples. Where none is left, that is an error with the reason of each.
+Where sdpa alone can serve nothing is tried here, and its own error reaches the caller.
 """
 
 import logging
@@ -24,6 +27,7 @@ HEADS = 4096
 TURNS, CALLS = 7, 2  # timed: so many rounds, in each so many calls of each backend
 HEAD_START_CYCLES = 4_000_000  # about two milliseconds, in which the host queues these calls
 TOLERANCE = 2e-2  # of the largest value of each output: five steps of bf16
+CHECKED_LOGITS = 1 << 24  # of the definition, which holds them whole: 64 MB, and a few times that
 
 log = logging.getLogger("fastmim_kernels")
 
@@ -108,59 +112,99 @@ def _make_inputs(call: Call, dtype: torch.dtype, device: torch.device) -> list[T
     return [*(x.requires_grad_(call.grad) for x in qkv), randn(B, T, H, d)]
 
 
-def _disagreement(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
+def _disagreement(actual: Sequence[Tensor], expected: Sequence[Tensor], whose: str) -> str | None:
     largest = [e.float().abs().max() for e in expected]
     for a, e, own in zip(actual, expected, largest, strict=True):
         # of one token dq and dk are zero, and what is left of them is rounding
-        scale = torch.maximum(own, 1e-3 * torch.stack(largest).max())
-        error = ((a.float() - e.float()).abs().max() / scale).item()
-        if not error <= TOLERANCE:
-            return f"off by {error:.2g} of sdpa's largest value"
+        scale = torch.maximum(own, 1e-3 * torch.stack(largest).max()).item()
+        error = (a[: len(e)].float() - e.float()).abs().max().item()
+        if not error <= TOLERANCE * scale:
+            return f"off by {error / scale if scale else error:.2g} of {whose} largest value"
     return None
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
+
+
+def _run(
+    serve: Serve, call: Call, q: Tensor, k: Tensor, v: Tensor, dout: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The output, and the gradients where the call wants them."""
+    with torch.set_grad_enabled(call.grad):
+        out = serve(q, k, v, call.segments)
+        return (out, *torch.autograd.grad(out, (q, k, v), dout)) if call.grad else (out,)
+
+
+def _defined(
+    reference: Serve, call: Call, q: Tensor, k: Tensor, v: Tensor, dout: Tensor
+) -> tuple[Tensor, ...]:
+    """What `reference` gives in fp32 for the first samples, as many as keep its logits small."""
+    few = max(1, CHECKED_LOGITS // (call.heads * sum(call.segments) ** 2))
+    q, k, v = (x[:few].detach().float().requires_grad_(call.grad) for x in (q, k, v))
+    return _run(reference, call, q, k, v, dout[:few].float())
+
+
+def _left_out(
+    runs: Mapping[str, Callable[[], tuple[Tensor, ...]]], defined: Callable[[], tuple[Tensor, ...]]
+) -> dict[str, str]:
+    """Of these backends, sdpa among them, those that fail or are wrong, and why."""
+    left_out, whose = {}, "sdpa's"
+    try:
+        expected = runs["sdpa"]()
+    except Exception as error:  # of libraries whose errors are of any kind, here and below
+        left_out["sdpa"] = _reason(error)
+    if left_out:
+        whose = "the definition's"
+        try:
+            expected = defined()
+        except Exception as error:
+            return dict.fromkeys(runs, f"nothing to check it with ({_reason(error)})") | left_out
+    for name in [name for name in runs if name != "sdpa"]:
+        try:
+            trouble = _disagreement(runs[name](), expected, whose)
+        except Exception as error:
+            trouble = _reason(error)
+        if trouble is not None:
+            left_out[name] = trouble
+    return left_out
 
 
 def measure(
     call: Call, dtype: torch.dtype, device: torch.device,
-    backends: Mapping[str, Serve], obstacles: Mapping[str, str | None], timer: Timer,
+    backends: Mapping[str, Serve], obstacles: Mapping[str, str | None], timer: Timer, reference: Serve,
 ) -> Choice | None:  # fmt: skip
-    """Times every backend that serves such a call and agrees with sdpa; None where nothing is computed."""
+    """Times every backend that serves such a call and is right; None where nothing is computed.
+
+    Raises RuntimeError where several could serve and none does.
+    """
     left_out = {name: why for name, why in obstacles.items() if why is not None}
-    others = [name for name in backends if name not in left_out and name != "sdpa"]
-    if not others:
+    able = [name for name in backends if name not in left_out]
+    if able == ["sdpa"]:
         return Choice("sdpa", {}, left_out)
-    q, k, v, dout = _make_inputs(call, dtype, device)
-    if type(dout) is not Tensor:
+    inputs = _make_inputs(call, dtype, device)
+    if type(inputs[-1]) is not Tensor:
         return None  # a mode that only looks at shapes: what it timed would be nothing
-
-    def run(name: str) -> tuple[Tensor, ...]:
-        with torch.set_grad_enabled(call.grad):
-            out = backends[name](q, k, v, call.segments)
-            return (out, *torch.autograd.grad(out, (q, k, v), dout)) if call.grad else (out,)
-
-    with torch.cuda.device_of(dout):
-        expected = run("sdpa")
-        for name in others:
-            try:
-                trouble = _disagreement(run(name), expected)
-            except Exception as error:  # of a package whose errors are of any kind
-                trouble = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
-            if trouble is not None:
-                left_out[name] = trouble
-        able = [name for name in backends if name not in left_out]
-        ms = dict(zip(able, timer([partial(run, name) for name in able]), strict=True)) if able[1:] else {}
-    return Choice(min(ms, key=ms.__getitem__) if ms else "sdpa", ms, left_out)
+    with torch.cuda.device_of(inputs[-1]):
+        runs = {name: partial(_run, backends[name], call, *inputs) for name in able}
+        left_out |= _left_out(runs, partial(_defined, reference, call, *inputs))
+        able = [name for name in able if name not in left_out]
+        if not able:
+            raise RuntimeError(f"no backend serves: {Choice('none', {}, left_out).sentence(call)}")
+        ms = dict(zip(able, timer([runs[name] for name in able]), strict=True)) if able[1:] else {}
+    return Choice(min(ms, key=ms.__getitem__) if ms else able[0], ms, left_out)
 
 
 def fastest(
     call: Call, dtype: torch.dtype, device: torch.device,
-    backends: Mapping[str, Serve], obstacles: Mapping[str, str | None], timer: Timer,
+    backends: Mapping[str, Serve], obstacles: Mapping[str, str | None], timer: Timer, reference: Serve,
 ) -> str:  # fmt: skip
     """The backend for such calls, measured at the first of them."""
     choice = _CHOICES.get(call)
     if choice is None:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return "sdpa"
-        choice = measure(call, dtype, device, backends, obstacles, timer)
+        choice = measure(call, dtype, device, backends, obstacles, timer, reference)
         if choice is None:
             return "sdpa"
         _CHOICES[call] = choice

@@ -24,7 +24,9 @@ from tests.methods.conftest import DECODER, MODEL
 TINY = "--model vit_tiny --image-size 32 --patch 8 --decoder-size 32 1 2 --batch 8 --warmup 1 --steps 5"
 BARE = """
 import sys
-HIDDEN = ("deepspeed", "xformers", "tyro", "nvidia", "PIL", "safetensors", "tensorboard", "matplotlib")
+HIDDEN = (
+    "deepspeed", "xformers", "mslk", "tyro", "nvidia", "PIL", "safetensors", "tensorboard", "matplotlib",
+)  # fmt: skip
 class Without:
     def __init__(self, finder): self.finder = finder
     def find_spec(self, name, *rest):

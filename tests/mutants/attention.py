@@ -5,6 +5,8 @@ KERNELS = "kernels/fastmim_kernels/attention_triton.py"
 OP = "kernels/fastmim_kernels/attention_tile.py"
 CHOICE = "kernels/fastmim_kernels/attention.py"
 TIMING = "kernels/fastmim_kernels/attention_timing.py"
+VARLEN = "kernels/fastmim_kernels/attention_varlen.py"
+DOOR = "kernels/fastmim_kernels/attention_xformers.py"
 SMALL = "kernels_match and (50 or 65 or 17)"
 FAULTS = [
     (
@@ -163,8 +165,8 @@ FAULTS = [
     ),
     (
         TIMING,
-        "        if not error <= TOLERANCE:\n",
-        "        if error > TOLERANCE:\n",
+        "        if not error <= TOLERANCE * scale:\n",
+        "        if error > TOLERANCE * scale:\n",
         "a backend that computes NaN is timed",
         "left_out",
     ),
@@ -188,5 +190,40 @@ FAULTS = [
         'if device.type != "cuda" and torch.cuda.is_current_stream_capturing():',
         "events are recorded into a CUDA graph",
         "captured",
+    ),
+    (
+        TIMING,
+        "    return Choice(min(ms, key=ms.__getitem__) if ms else able[0], ms, left_out)\n",
+        '    return Choice(min(ms, key=ms.__getitem__) if ms else "sdpa", ms, left_out)\n',
+        "sdpa serves although it has failed",
+        "sdpa_that_fails",
+    ),
+    (
+        TIMING,
+        "expected, whose)\n        except Exception as error:\n",
+        'expected, whose) if whose == "sdpa\'s" else None\n        except Exception as error:\n',
+        "where sdpa fails nothing is checked",
+        "sdpa_that_fails",
+    ),
+    (
+        VARLEN,
+        "initial=0)], dim=1)",
+        "initial=0)], dim=0)",
+        "the runs of all samples by segment, not in the order in which they lie",
+        "varlen",
+    ),
+    (
+        VARLEN,
+        "    if torch.compiler.is_compiling() or type(q) is not Tensor:\n",
+        "    if torch.compiler.is_compiling():\n",
+        "offsets that hold nothing are kept",
+        "varlen",
+    ),
+    (
+        DOOR,
+        "    while error.__cause__ is not None:\n",
+        "    while False:\n",
+        "of a library that does not load the last word is said, not the reason",
+        "cause",
     ),
 ]

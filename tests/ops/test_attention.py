@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from fastmim_kernels import attention_timing
+from fastmim_kernels import attention_timing, attention_varlen
 from fastmim_kernels.attention import (
     BACKENDS,
     attention,
@@ -67,19 +67,24 @@ def test_one_graph_with_segments(device):
 
 def test_the_choice_is_said_with_its_reason(monkeypatch):
     module = sys.modules["fastmim_kernels.attention"]  # the package exports its function by that name
+    monkeypatch.setattr(attention_varlen, "_why_not_here", lambda: None)
     assert choose_attention("auto", "cpu", torch.float32) == ("sdpa", "torch's own kernels serve on cpu")
     assert choose_attention("tile", "cpu", torch.float32) == ("tile", "asked for by name")
     monkeypatch.setattr(module, "why_no_xformers", lambda: None)
     measured = "measured at the first call of each shape"
     assert choose_attention("auto", "cuda", torch.bfloat16) == (
-        "auto", f"the fastest of xformers, sdpa, tile, {measured}",
+        "auto", f"the fastest of xformers, sdpa, tile, varlen, {measured}",
     )  # fmt: skip
     assert choose_attention("auto", "cuda", torch.float32) == (
-        "sdpa", "xformers' fast operators want bf16 or fp16, this is float32",
+        "sdpa",
+        "xformers' fast operators want bf16 or fp16, this is float32; "
+        "the tile kernels want bf16 or fp16, this is float32; "
+        "torch's varlen_attn wants bf16 or fp16, this is float32",
     )  # fmt: skip
-    monkeypatch.setattr(module, "why_no_xformers", lambda: "xformers is not installed")
+    monkeypatch.setattr(module, "why_no_xformers", lambda: "it is not installed")
+    monkeypatch.setattr(attention_varlen, "_why_not_here", lambda: "no FlashAttention")
     assert choose_attention("auto", "cuda", torch.bfloat16) == (
-        "auto", f"the fastest of sdpa, tile, {measured}; xformers is not installed",
+        "auto", f"the fastest of sdpa, tile, {measured}; it is not installed; no FlashAttention",
     )  # fmt: skip
 
 
@@ -87,7 +92,7 @@ def test_what_cannot_be_had_is_refused(device):
     q, k, v = inputs(4, torch.float32, "cpu")
     with pytest.raises(ValueError, match="xformers asked for, but xformers has no cpu operator"):
         attention(q, k, v, backend="xformers")
-    with pytest.raises(ValueError, match="want auto, xformers, sdpa, tile, got 'flash'"):
+    with pytest.raises(ValueError, match="want auto, xformers, sdpa, tile, varlen, got 'flash'"):
         choose_attention("flash", "cpu", torch.float32)
     with pytest.raises(ValueError, match="tile asked for, but the tile kernels want bf16 or fp16"):
         choose_attention("tile", "cuda", torch.float32)
@@ -95,18 +100,6 @@ def test_what_cannot_be_had_is_refused(device):
         attention(q, k, v, segments=(1, 2))
     with pytest.raises(ValueError, match="want three"):
         attention(q, k[:, :2], v)
-
-
-def test_xformers_is_tried_before_it_is_chosen(monkeypatch):
-    module = sys.modules["fastmim_kernels.attention"]
-    monkeypatch.setattr(module, "XFORMERS", None)
-    module.why_no_xformers.cache_clear()
-    assert module.why_no_xformers() == "xformers is not installed"
-    if not torch.cuda.is_available():
-        monkeypatch.setattr(module, "XFORMERS", "0.0.35")
-        module.why_no_xformers.cache_clear()
-        assert module.why_no_xformers().startswith("xformers 0.0.35 does not work here: ")
-    module.why_no_xformers.cache_clear()
 
 
 # --- the choice by measurement ------------------------------------------------------------------------
@@ -125,6 +118,7 @@ def measured(monkeypatch):
 
     monkeypatch.setattr(module, "cuda_ms", clock)
     monkeypatch.setattr(module, "why_no_xformers", lambda: "none here")
+    monkeypatch.setattr(attention_varlen, "_why_not_here", lambda: "none here")
     return seen
 
 
@@ -142,7 +136,7 @@ def test_each_kind_of_call_is_measured_once(measured, device, caplog):
     assert choice["segments"] == (50,) and choice["batch"] == 4 and choice["layout"] == "packed"
     assert (choice["heads"], choice["width"], choice["grad"]) == (2, 16, False)
     assert choice["ms"] == {"sdpa": 1.0, "tile": 2.0} and choice["use"] == "sdpa"
-    assert list(choice["left_out"]) == ["xformers"]
+    assert list(choice["left_out"]) == ["xformers", "varlen"]
     (line,) = [record.message for record in caplog.records if record.name == "fastmim_kernels"]
     assert (
         "50 tokens, 2 heads of 16, batch 4" in line and "forward: sdpa (sdpa 1.000 ms, tile 2.000 ms" in line
@@ -214,6 +208,60 @@ def test_a_backend_that_fails_or_is_wrong_is_left_out_and_named(measured, monkey
     )
 
 
+def test_an_sdpa_that_fails_is_left_out_and_the_others_are_checked_by_the_definition(
+    measured, monkeypatch, device
+):
+    def fails(*_):
+        raise RuntimeError("No available kernel. Aborting execution.\nand more")
+
+    def wrong_gradient(q, k, v, segments):
+        return BACKENDS["tile"](q, k * 1.05 - 0.05 * k.detach(), v, segments)
+
+    module = sys.modules["fastmim_kernels.attention"]
+    monkeypatch.setitem(BACKENDS, "sdpa", fails)
+    monkeypatch.setattr(attention_timing, "CHECKED_LOGITS", 2 * 2 * 50**2)  # two samples of the four
+    for q, k, v in (some(50, device), some(50, device, grad=True)):
+        out = attention(q, k, v, segments=(20, 30))
+        torch.testing.assert_close(out, attention_reference(q, k, v, (20, 30)), rtol=2e-2, atol=2e-2)
+        choice = attention_choices()[-1]
+        assert choice["use"] == "tile" and choice["ms"] == {}
+        assert choice["left_out"]["sdpa"] == "RuntimeError: No available kernel. Aborting execution."
+    attention_timing._CHOICES.clear()
+    monkeypatch.setitem(BACKENDS, "another", wrong_gradient)
+    q, k, v = some(50, device, grad=True)
+    attention(q, k, v)
+    assert attention_choices()[-1]["left_out"]["another"] == "off by 0.05 of the definition's largest value"
+    monkeypatch.setattr(module, "attention_reference", fails)
+    attention_timing._CHOICES.clear()
+    with pytest.raises(RuntimeError, match="no tile: nothing to check it with .RuntimeError: No available"):
+        attention(q, k, v)
+
+
+def test_where_all_fail_the_reason_of_each_is_said(measured, monkeypatch, device):
+    def fails(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setitem(BACKENDS, "sdpa", fails)
+    monkeypatch.setitem(BACKENDS, "tile", lambda q, k, v, segments: q + 1)
+    with pytest.raises(RuntimeError) as caught:
+        attention(*some(50, device))
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith("no backend serves: attention of 50 tokens, 2 heads of 16, batch 4")
+    assert "no sdpa: OutOfMemoryError: CUDA out of memory." in line and "no xformers: " in line
+    assert "no tile: off by " in line and "no varlen: " in line and attention_choices() == []
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):  # alone, it speaks for itself
+        attention(*some(300, device))
+
+
+def test_equal_outputs_agree_whatever_they_are(device):
+    """A device that computes nothing hands out zeros."""
+    zeros = [torch.zeros(2, 3, device=device)]
+    assert attention_timing._disagreement(zeros, zeros, "sdpa's") is None
+    assert (
+        attention_timing._disagreement([zeros[0] + 1], zeros, "sdpa's") == "off by 1 of sdpa's largest value"
+    )
+
+
 def test_choices_are_pinned_for_a_run_that_resumes(measured, device):
     q, k, v = some(50, device)
     attention(q, k, v)
@@ -266,7 +314,7 @@ def test_nothing_is_measured_where_nothing_is_computed(measured, device):
 def test_a_graph_that_is_being_captured_is_not_measured_in(measured, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     call = Call((50,), 2, 16, 4, "plain", "bfloat16", True, "a GPU")
-    settings = torch.bfloat16, torch.device("cuda"), BACKENDS, {}, None
+    settings = torch.bfloat16, torch.device("cuda"), BACKENDS, {}, None, None
     assert attention_timing.fastest(call, *settings) == "sdpa" and attention_choices() == []
     pin_attention_choices([{**vars(call), "use": "tile", "ms": {}, "left_out": {}}])
     assert attention_timing.fastest(call, *settings) == "tile"
@@ -323,6 +371,8 @@ def test_auto_on_a_gpu(monkeypatch):
 
 def test_measure_times_only_what_it_has_checked(device):
     call = Call((20,), 2, 16, 2, "plain", "float32", True, device)
-    found = {"xformers": "none here", "sdpa": None, "tile": "not wanted"}
-    choice = measure(call, torch.float32, torch.device(device), BACKENDS, found, lambda runs: 1 / 0)
-    assert choice.use == "sdpa" and choice.ms == {} and choice.left_out.keys() == {"xformers", "tile"}
+    found = {"xformers": "none here", "sdpa": None, "tile": "not wanted", "varlen": "none here"}
+    settings = torch.float32, torch.device(device), BACKENDS, found, lambda runs: 1 / 0, None
+    choice = measure(call, *settings)
+    assert choice.use == "sdpa" and choice.ms == {}
+    assert choice.left_out.keys() == {"xformers", "tile", "varlen"}
