@@ -3,6 +3,7 @@
 A function hides the module of the same name: `from fastmim_kernels.norm_pix_loss import ...` reaches inside.
 """
 
+from fastmim_kernels import inductor
 from fastmim_kernels.add_layer_norm import add_layer_norm
 from fastmim_kernels.attention import attention
 from fastmim_kernels.bias_gelu import bias_gelu
@@ -27,6 +28,8 @@ from fastmim_kernels.split_patches import (
     split_patches,
     split_patches_grouped,
 )
+
+inductor.install()
 
 __all__ = [
     "add_layer_norm",

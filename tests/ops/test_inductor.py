@@ -1,0 +1,46 @@
+"""torch.compile of many custom ops in a row, on every torch that the project allows."""
+
+import pytest
+import torch
+from fastmim_kernels import add_layer_norm, bias_gelu
+from fastmim_kernels.inductor import brief, needs_brief_log
+
+DEPTH = (
+    24  # two norms in each of twelve blocks; before torch 2.13 it took minutes, and ended in a RecursionError
+)
+
+
+def chain(x, weight, bias):
+    residual = x
+    for _ in range(DEPTH):
+        x, residual = add_layer_norm(x, residual, weight, bias)
+    return bias_gelu(x, bias) + residual
+
+
+@pytest.mark.slow
+def test_a_chain_as_deep_as_a_vit_is_compiled(device):
+    x = torch.randn(2, 3, 16, device=device, requires_grad=True)
+    weight, bias = torch.randn(2, 16, device=device).unbind()
+    expected = chain(x, weight, bias)
+    torch._dynamo.reset()
+    compiled = torch.compile(chain, fullgraph=True, dynamic=False)(x, weight, bias)
+    torch.testing.assert_close(compiled, expected)
+    grads = [torch.autograd.grad(out.square().sum(), x)[0] for out in (expected, compiled)]
+    torch.testing.assert_close(*grads)
+
+
+class Node:
+    def __repr__(self):
+        raise RecursionError("printed with all that lies behind it")
+
+
+def test_the_log_line_asks_no_input_for_its_own():
+    assert brief("op", [Node(), 3], {"k": Node()}) == "  target: op\n  inputs: Node, int, Node"
+    versions = ("2.10.0+cu128", "2.12.1", "2.13.0+cpu", "2.14.1", "3.0")
+    assert [needs_brief_log(version) for version in versions] == [True, True, False, False, False]
+
+
+def test_torch_is_told_where_it_needs_it():
+    from torch._inductor.exc import OperatorIssue
+
+    assert (OperatorIssue.operator_str is brief) == needs_brief_log()
