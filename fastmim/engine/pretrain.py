@@ -40,11 +40,11 @@ from fastmim.interop.mae import (
     encoder_metadata,
     from_mae,
     missing_in,
-    read_weights,
     to_file,
     to_timm,
     words_on_weights,
 )
+from fastmim.interop.weights_file import read_weights
 from fastmim.methods.base import Method
 from fastmim.optim import check_optimizer
 from fastmim.views import Batch, augmented

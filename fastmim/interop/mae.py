@@ -11,20 +11,19 @@ the encoder, whose are timm's, and MAE's decoder. Everything else keeps its name
 
 So the file of MAE and R-MAE is an MAE checkpoint, and the file of any method one with additions.
 
-Loading  The encoder, and the decoder of a method that has MAE's, must be there whole. Any other part is
-         there whole, or not at all: then heads stay fresh, and a teacher is made a copy of its student, a
-         second decoder of the first. Nothing else may be there but the decoder, for a method that has none.
-         Shapes must be equal.
+Loading  The encoder must be there whole. Any other part is there whole, or not at all: then decoder and heads
+         stay fresh, and a teacher is made a copy of its student, a second decoder of the first. Nothing else
+         may be there but the decoder, for a method that has none. Shapes must be equal.
 """
 
-import argparse
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from fastmim.interop.weights_file import read_weights
 from fastmim.models.vit import ViTConfig
 
 ENCODER, DECODER, DECODER2 = "encoder.", "decoder.", "decoder2."
@@ -99,7 +98,7 @@ def from_mae(flat: Mapping[str, Tensor], wanted: Mapping[str, Tensor], origin: s
     """
     names = {name: in_file(name) for name in wanted}
     there = {part_in_file(source) for source in names.values() if source in flat}
-    needed = there | {"encoder", "decoder"}
+    needed = there | {"encoder"}
     missing = sorted(s for s in names.values() if s not in flat and part_in_file(s) in needed)
     known = set(names.values())
     if not any(bare_part(source) == DECODER for source in known):
@@ -140,31 +139,6 @@ def abridged(words: list[str], most: int = 3) -> str:
     return ", ".join(words[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The flat weights in a file, .safetensors or torch's, or in a run directory. Executes no pickled code.
-
-    Raises ValueError if there is no such file or it holds no flat dictionary of tensors.
-    """
-    if path.is_dir():
-        path = path / "model.safetensors"
-    if not path.is_file():
-        raise ValueError(f"init-from: want a run directory or a file of weights, got nothing at {path}")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        # the reference saves its command line, an argparse.Namespace, beside the weights
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpicklers raise whatever a damaged or foreign file makes them stumble over
-        raise ValueError(
-            f"init-from: {path} cannot be read as weights, or holds more than tensors: {error}"
-        ) from error
-    flat = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(flat, dict) or not all(isinstance(t, Tensor) for t in flat.values()):
-        raise ValueError(f"init-from: want a dictionary of tensors or one under 'model' in {path}")
-    return flat
-
-
 def encoder_metadata(c: ViTConfig) -> dict[str, str]:
     """What a reader of the encoder's weights needs to know, as safetensors metadata: strings only."""
     height, width = c.size
@@ -182,7 +156,7 @@ def export_mae(source: Path, target: Path) -> None:
     `.safetensors`, or torch's format with the weights under "model"; says which parts are left out. Raises
     ValueError on bad names.
     """
-    flat = read_weights(source)
+    flat = read_weights(source, "export")
     kept = only_mae(flat)
     if target.suffix == ".safetensors":
         save_file(kept, target)
