@@ -57,7 +57,7 @@ def cmae_huang() -> Run:
     return Run(
         method=CMAEHuangConfig(),
         model=VITS["vit_base"],
-        optim=OptimConfig(blr=1.5e-4, warmup_epochs=40.0),
+        optim=OptimConfig(blr=1.5e-4, warmup_epochs=40.0, warmup_start=1e-4),
         batch=4096,
         epochs=300.0,
     )

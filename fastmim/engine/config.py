@@ -157,6 +157,8 @@ def run_facts(run: Run, plan: Plan, images: Images) -> dict[str, Any]:
         name: config[name] for name in ("method", "model", "optim", "batch", "accumulate", "seed", "zero")
     }
     facts["model"].pop("attention")  # the same numbers up to rounding
+    if run.optim.warmup_start == 0:  # otherwise absent, as from checkpoints that know of no other start
+        facts["optim"].pop("warmup_start")
     facts |= {"world": plan.world, "precision": plan.precision, "total_steps": plan.total_steps}
     facts["data"] = {
         "images": len(images),

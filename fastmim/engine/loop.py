@@ -41,6 +41,7 @@ def train_loop(
             step,
             peak=plan.peak_lr,
             warmup_steps=plan.warmup_steps,
+            warmup_start=run.optim.warmup_start,
             total_steps=plan.total_steps,
             min_lr=run.optim.min_lr,
         )

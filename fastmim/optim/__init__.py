@@ -23,6 +23,8 @@ class OptimConfig:
     """Learning rate at the end of the cosine"""
     warmup_epochs: float = 40.0
     """Linear warm-up; shortened to a fifth of the run, and said so, where it would not fit"""
+    warmup_start: float = 0.0
+    """Share of the learning rate at which warm-up begins"""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of the two moments"""
     eps: float = 1e-8
@@ -39,6 +41,8 @@ class OptimConfig:
             if getattr(self, name) < 0:
                 flag = name.replace("_", "-")
                 raise ValueError(f"optim.{flag}: want 0 or more, got {getattr(self, name)}")
+        if not 0 <= self.warmup_start <= 1:
+            raise ValueError(f"optim.warmup-start: want a share in [0, 1], got {self.warmup_start}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas: want two numbers in [0, 1), got {self.betas}")
         if not 0 < self.layer_decay <= 1:

@@ -142,7 +142,7 @@ FAULTS = [
     ),
     (
         MAE,
-        'there | {"encoder", "decoder"}',
+        'there | {"encoder"}',
         'there',
         "a file without the encoder passes",
         "another_model",

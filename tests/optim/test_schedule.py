@@ -23,6 +23,14 @@ def test_equals_the_formula_in_epochs(warmup, low):
         assert ours == pytest.approx(in_epochs(step / per_epoch, lr, warmup, epochs, low), rel=1e-12)
 
 
+def test_warmup_may_start_above_zero():
+    """CMAE's, as released: 1e-4 of the rate at the first step, linear, the cosine as ever."""
+    options = {"peak": 2.0, "warmup_steps": 4, "total_steps": 10}
+    rate = [learning_rate(s, **options, warmup_start=1e-4) for s in range(11)]
+    assert rate[:5] == pytest.approx([2e-4, 0.50015, 1.0001, 1.50005, 2.0], rel=1e-12)
+    assert rate[4:] == [learning_rate(s, **options) for s in range(4, 11)]
+
+
 def test_ends():
     rate = [learning_rate(s, peak=1.0, warmup_steps=4, total_steps=10) for s in range(11)]
     assert rate[0] == 0.0
