@@ -430,7 +430,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("op", help="a module of benchmarks/ops")
     parser.add_argument("--providers", nargs="+", help="only these, beside the baseline")
     parser.add_argument("--quick", action="store_true", help="the last case alone, fewer rounds")
-    parser.add_argument("--check", action="store_true", help="compare and compile, time nothing")
+    parser.add_argument(
+        "--rounds", type=int, help=f"in which providers take turns; {ROUNDS}, or {QUICK_ROUNDS}"
+    )
+    parser.add_argument("--warm", action="store_true", help="every case once; nothing is timed")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
     a = parser.parse_args(arguments)
     if not module_exists(f"benchmarks.ops.{a.op}"):
@@ -440,7 +443,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     env, failures = environment(), 0
     groups = import_module(f"benchmarks.ops.{a.op}").cases()
     chosen = deque(groups, maxlen=1) if a.quick else groups
-    rounds = 0 if a.check else QUICK_ROUNDS if a.quick else ROUNDS
+    rounds = 0 if a.warm else a.rounds or (QUICK_ROUNDS if a.quick else ROUNDS)
     for row in measure_groups(chosen, a.providers, rounds):
         append(a.results / f"{a.op}.jsonl", {**row, **env})
         print(sentence(row), flush=True)

@@ -169,8 +169,8 @@ def main(command: Sequence[str] | None = None) -> int:
     p = parser()
     p.description = __doc__
     a = p.parse_args(command)
-    if a.sweep or a.data or a.check:
-        p.error("want none of --sweep, --data and --check here")
+    if a.sweep or a.data or a.warm:
+        p.error("want none of --sweep, --data and --warm here")
     env = environment()
     torch.manual_seed(0)
     config, model = configured(a, a.method)

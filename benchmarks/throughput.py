@@ -240,7 +240,9 @@ def parser() -> argparse.ArgumentParser:
         help="double the batch from --batch on: knee, end of memory",
     )
     p.add_argument("--fit", action="store_true", help="a smaller batch where this one wants too much memory")
-    p.add_argument("--check", action="store_true", help="one step, compared and compiled; nothing is timed")
+    p.add_argument(
+        "--warm", action="store_true", help="one step, which compiles; nothing is checked or timed"
+    )
     p.add_argument("--compile", action="store_true", help="the method under torch.compile")
     p.add_argument("--data", type=Path, help="folder of images to read and decode, instead of synthetic ones")
     p.add_argument("--decoder", choices=["dali", "pillow"], default="dali", help="with --data")
@@ -356,12 +358,13 @@ def main(command: Sequence[str] | None = None) -> int:
     config, model = configured(a, a.method)
     method = config.build(model)
     method.peers = Ranks.single()  # for the check; the DeepSpeed engine has its own
-    errors = check_method(method, synthetic(method, model.channels, check_images(method), "cpu"), a.precision)
+    few = synthetic(method, model.channels, check_images(method), "cpu")
+    errors = {} if a.warm else check_method(method, few, a.precision)
     if a.compile:
         method.compile(dynamic=False)
     engine = make_engine(method, config, model, a)
-    if a.check:
-        check_step(engine, method, synthetic(method, model.channels, a.batch), a.precision)
+    if a.warm:
+        step(engine, synthetic(method, model.channels, a.batch))
         return 0
     why_batch = None
     if a.fit:

@@ -1,8 +1,8 @@
 """What a fresh machine wants before anything is timed: -m benchmarks.gpu.prepare. Prints the machine, too.
 
 The C++ ops are built and every Triton kernel is compiled that the later stages launch, on all cores at once:
-each job is a process that runs an op or a method once and checks it, and leaves its kernels in Triton's cache
-on disk. A job that fails is named and costs nothing else: the stage it prepared for will meet it again.
+each job is a process that runs an op or a method once and leaves its kernels in Triton's cache on disk. A job
+that fails is named and costs nothing else: the stage that it prepared for will meet it again.
 """
 
 import argparse
@@ -28,7 +28,7 @@ ASKED = (
     ("compute-sanitizer", "--version"),
 )
 NATIVE = ("-c", "from fastmim_kernels import native; print(native.library().name)")
-SMALL = "--batch 32 --engine plain --warmup 1 --steps 1 --check"
+SMALL = "--batch 32 --engine plain --warm"
 
 
 def machine() -> Iterator[str]:
@@ -44,13 +44,15 @@ def machine() -> Iterator[str]:
 
 
 def jobs(models: Sequence[str], ops: Sequence[str], flags: str) -> dict[str, tuple[str, ...]]:
-    """Commands behind the interpreter, the longest first."""
+    """Commands behind the interpreter, in order of the stages that they prepare."""
     found: dict[str, tuple[str, ...]] = {"C++ ops": NATIVE}
+    first = {op: ("-m", "benchmarks.harness", op, "--warm") for op in ops}
     for model in models:
         for method in METHODS:
             arguments = f"--method {method} --model {model} {flags}".split()
             found[f"{method} {model}"] = ("-m", "benchmarks.throughput", *arguments)
-    return found | {op: ("-m", "benchmarks.harness", op, "--check") for op in ops}
+        found |= first  # the smallest model, the ops, the others
+    return found
 
 
 class Pool:

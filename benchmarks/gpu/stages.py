@@ -30,22 +30,24 @@ def module(name: str, arguments: str = "") -> tuple[str, ...]:
 
 
 def full(scratch: Path) -> list[Stage]:
-    step = "--seconds 3 --steps 30"
+    step = "--seconds 2 --steps 20"
+    base = f"--model vit_base --batch 1024 {step}"
+    compiled = (ours_compiled(f"{base} --fit"), *peers(f"{base} --compile", PEERS[1:2]))
     return [
         Stage("prepare", 0.10, prepare(("vit_base", "vit_large")), least_s=15, always=True),
         Stage(
-            "sanitizer", 0.10, (Part("memcheck, racecheck", module("benchmarks.gpu.sanitize")),), least_s=20
+            "sanitizer", 0.09, (Part("memcheck, racecheck", module("benchmarks.gpu.sanitize")),), least_s=20
         ),
-        Stage("tests", 0.20, suite(op_tests(), "ops"), least_s=20),
-        Stage("step", 0.07, (profiled("mae", f"--model vit_base --batch 1024 --fit {step}"),), least_s=15),
-        Stage("methods", 0.20, methods(("vit_base", "vit_large"), f"--batch 1024 --fit {step}")),
-        Stage("kernels", 0.13, kernels(""), least_s=4),
-        Stage("peers", 0.08, peers(f"--model vit_base --batch 1024 {step}"), least_s=12),
-        Stage("compile", 0.04, compiled(f"--model vit_base --batch 1024 --fit {step}"), least_s=15),
+        Stage("tests", 0.17, suite(op_tests(), "ops"), least_s=20),
+        Stage("step", 0.06, (profiled("mae", f"{base} --fit"),), least_s=15),
+        Stage("methods", 0.24, methods(("vit_base", "vit_large"), f"--batch 1024 --fit {step}"), least_s=7),
+        Stage("kernels", 0.10, kernels("--rounds 3"), least_s=2.5),
+        Stage("peers", 0.08, peers(f"{base} --no-compile"), least_s=10),
+        Stage("compile", 0.10, compiled, least_s=20),
         Stage(
-            "jpeg", 0.04, jpeg(scratch, 512, "--rounds 2 --seconds 2", f"--model vit_base {step}"), least_s=6
+            "jpeg", 0.03, jpeg(scratch, 512, "--rounds 2 --seconds 1", f"--model vit_base {step}"), least_s=4
         ),
-        Stage("rest", 0.04, suite(("tests/models", "tests/methods"), "models, methods"), least_s=15),
+        Stage("rest", 0.03, suite(("tests/models", "tests/methods"), "models, methods"), least_s=12),
     ]
 
 
@@ -58,7 +60,7 @@ def quick(scratch: Path) -> list[Stage]:
         Stage("step", 0.16, (profiled("mae", f"{step} --fit"),), least_s=12),
         Stage("methods", 0.20, methods(("vit_base",), f"{step} --fit")[1:], least_s=6),
         Stage("kernels", 0.20, kernels("--quick"), least_s=1.5),
-        Stage("peers", 0.10, peers(f"{step} --no-compile")[:1], least_s=8),
+        Stage("peers", 0.10, peers(f"{step} --no-compile", PEERS[:1]), least_s=8),
     ]
 
 
@@ -69,19 +71,19 @@ def rehearsal(scratch: Path) -> list[Stage]:
     with_faults.write_text(FAULTS)
     fails = Part("fails", ("-c", "raise SystemExit('as it should')"))
     hangs = Part("hangs", ("-c", "import time; print('waiting'); time.sleep(600)"), share=0.05)
-    small = prepare((), f"--flags={step} --check")
+    small = prepare((), f"--flags={step} --warm")
     return [
         Stage("prepare", 0.12, small, least_s=1, always=True),
         Stage(
             "sanitizer", 0.05, (Part("memcheck, racecheck", module("benchmarks.gpu.sanitize")),), least_s=1
         ),
-        Stage("faults", 0.05, (fails, hangs), least_s=1),
+        Stage("faults", 0.05, (hangs, fails), least_s=1),
         Stage("tests", 0.15, suite((str(with_faults),), "with faults", "--workers 2 --each-s 4"), least_s=1),
         Stage("step", 0.10, (profiled("mae", f"{step} --engine plain"),), least_s=1),
         Stage("methods", 0.18, methods((), f"{step} --fit"), least_s=1),
         Stage("kernels", 0.10, kernels("--quick --providers fastmim")[-1:], least_s=1),
         Stage("peers", 0.10, peers(f"{step} --no-compile --engine plain"), least_s=1),
-        Stage("compile", 0.05, compiled(f"{step} --engine plain"), least_s=1),
+        Stage("compile", 0.05, (ours_compiled(f"{step} --engine plain"),), least_s=1),
         Stage("jpeg", 0.10, jpeg(scratch, 8, "--rounds 1 --seconds 1", step), least_s=1),
     ]
 
@@ -130,6 +132,7 @@ def methods(models: Sequence[str], flags: str) -> tuple[Part, ...]:
         Part(
             f"{method} {model}".strip(),
             module("benchmarks.throughput", f"--method {method} {model and '--model ' + model} {flags}"),
+            share=2.0 if model == "vit_large" else 1.0,
         )
         for model in models or ("",)
         for method in METHODS
@@ -137,12 +140,15 @@ def methods(models: Sequence[str], flags: str) -> tuple[Part, ...]:
 
 
 def kernels(flags: str) -> tuple[Part, ...]:
-    return tuple(Part(op, module("benchmarks.harness", f"{op} {flags}")) for op in OPS)
+    return tuple(
+        Part(op, module("benchmarks.harness", f"{op} {flags}"), share=2.0 if op in OPS[:2] else 1.0)
+        for op in OPS
+    )
 
 
-def peers(flags: str) -> tuple[Part, ...]:
+def peers(flags: str, names: Sequence[str] = PEERS) -> tuple[Part, ...]:
     parts = []
-    for name in PEERS:
+    for name in names:
         package = name.partition("_")[0]
         patched = "--apply" if package == "transformers" else ""
         command = module(f"benchmarks.peers.{name}", f"{flags} {patched}")
@@ -150,8 +156,8 @@ def peers(flags: str) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def compiled(flags: str) -> tuple[Part, ...]:
-    return (Part("mae", module("benchmarks.throughput", f"--method mae --compile {flags}")),)
+def ours_compiled(flags: str) -> Part:
+    return Part("mae", module("benchmarks.throughput", f"--method mae --compile {flags}"))
 
 
 def jpeg(scratch: Path, batch: int, loader: str, step: str) -> tuple[Part, ...]:
