@@ -66,7 +66,7 @@ $(CUDA_READY): tests/null_gpu/requirements.txt
 null-gpu:
 	@$(MAKE) --no-print-directory $(CUDA_READY) || \
 	  { echo "null-gpu skipped: $(CUDA_VENV) has no CUDA build of torch, and it could not be installed (see above)"; exit 0; }; \
-	  FASTMIM_NULL_GPU=1 $(CUDA_VENV)/bin/python -m pytest tests/null_gpu $(ARGS)
+	  FASTMIM_NULL_GPU=1 PYTHONPATH=kernels $(CUDA_VENV)/bin/python -m pytest tests/null_gpu $(ARGS)
 
 compile-ahead: alive
 	FASTMIM_COMPILE_ALL=1 $(BIN)/python -m pytest tests/ops/test_compile_ahead.py tests/ops/test_machine_code.py

@@ -13,7 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -97,6 +97,8 @@ def differences(before: Counts, after: Counts) -> str:
 def run(arguments: argparse.Namespace, steps: int) -> Step:
     """The step of benchmarks/throughput.py for these flags."""
     config, model = throughput.configured(arguments, arguments.method)
+    if arguments.depth is not None:
+        model = replace(model, depth=arguments.depth)
     torch.manual_seed(0)
     method = config.build(model)
     method.peers = Ranks.single()
@@ -144,6 +146,7 @@ def parser() -> argparse.ArgumentParser:
     p = throughput.parser()
     p.description = __doc__
     p.set_defaults(batch=1024, precision="bf16", attention="sdpa")
+    p.add_argument("--depth", type=int, help="blocks of the encoder, instead of the model's")
     p.add_argument("--timed", type=int, default=TIMED, help="steps for the host times")
     p.add_argument("--top", type=int, default=0, help="show so many names of each stage")
     p.add_argument("--json", type=Path, help="write what was found to this file")

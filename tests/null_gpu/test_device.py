@@ -117,6 +117,8 @@ except Exception as error:
         NULL_CUDA_DEVICES="2",
     )
     assert (found["count"], found["device"]) == (2, "cuda:1")
+    hidden = found_by(on_null_device, 'found["count"] = torch.cuda.device_count()', CUDA_VISIBLE_DEVICES="")
+    assert hidden == {"count": 0}
     assert "invalid device ordinal" in found["words"]
 
 

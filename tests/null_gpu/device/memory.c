@@ -24,7 +24,12 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 int null_devices(void) {
   const char *wanted = getenv("NULL_CUDA_DEVICES");
   int devices = wanted ? atoi(wanted) : 1;
-  return devices < 1 ? 0 : devices > DEVICES ? DEVICES : devices;
+  devices = devices < 1 ? 0 : devices > DEVICES ? DEVICES : devices;
+  const char *visible = getenv("CUDA_VISIBLE_DEVICES");  // of the launcher: which does not matter, they are alike
+  if (!visible) return devices;
+  int listed = *visible && *visible != '-';
+  for (const char *c = visible; listed && *c; c++) listed += *c == ',';
+  return listed < devices ? listed : devices;
 }
 
 void *null_allocate(size_t bytes, int device) {

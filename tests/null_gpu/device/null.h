@@ -11,7 +11,7 @@
 #define NULL_RESERVED 500000000UL   // of these the context's, before anything is allocated
 #define NULL_CUDA_VERSION CUDA_VERSION  // of the headers, which are those of the torch it is built for
 
-int null_devices(void);          // NULL_CUDA_DEVICES of the environment, 1 if unset
+int null_devices(void);          // NULL_CUDA_DEVICES, 1 if unset; as many of them as CUDA_VISIBLE_DEVICES lists
 int null_attribute(int number);  // of CUdevice_attribute or cudaDeviceAttr, which number alike; 0 if unknown
 
 // --- counts ------------------------------------------------------------------------------------------------
