@@ -9,6 +9,7 @@ Check    loss and gradients of a few images, on the device against the reference
 """
 
 import argparse
+import atexit
 import copy
 import os
 import time
@@ -122,10 +123,16 @@ class DeepSpeedEngine:
     def __init__(self, method: Method, config: MethodConfig, model: ViTConfig, arguments: argparse.Namespace):
         from fastmim.data import MemoryImages
         from fastmim.engine.config import Run, make_plan
-        from fastmim.engine.deepspeed import set_learning_rate, start_process_group, wrap
+        from fastmim.engine.deepspeed import (
+            leave_process_group,
+            set_learning_rate,
+            start_process_group,
+            wrap,
+        )
         from fastmim.engine.teacher import Teacher
 
         self.ranks = method.peers = start_process_group(DEVICE)
+        atexit.register(leave_process_group)
         batch = arguments.batch * self.ranks.world
         run = Run(
             method=config,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ READY = ("torch", "fastmim_kernels", "fastmim.engine.deepspeed", "benchmarks.eng
 SKIPPED = 3  # exit status of a part that names what it lacks
 POLL_S = 0.2
 GRACE_S = 3.0  # between SIGTERM, on which a part may say how far it came, and SIGKILL
+WARNING = re.compile(r"\bwarn", re.IGNORECASE)  # what libraries say at exit is no one's last word
 MARK = "FASTMIM_ROUND"  # in the environment of all that a part starts
 
 
@@ -236,11 +238,12 @@ def marked(mark: str) -> Iterator[int]:
 
 
 def verdict(status: int | None, said: Sequence[str], limit_s: float) -> str:
-    last = said[-1][:200] if said else "not a word"
+    lines = [line.strip() for line in said if line.strip() and not WARNING.search(line)]
+    last = lines[-1][:200] if lines else "not a word"
     if status is None:
         return f"stopped after {limit_s:.0f} s; last: {last}"
     if status == SKIPPED:
         return last if last.startswith("skipped: ") else f"skipped: {last}"
     if status == 0:
-        return f"ok: {last}" if said else "ok"
+        return f"ok: {last}" if lines else "ok"
     return f"failed with {status}: {last}"

@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +147,7 @@ def described(row: dict[str, Any]) -> str:
     if "mfu_of_matmul" not in row:
         return f"{head}: {row['images_per_s']:.1f} img/s"
     share = f"{100 * row['mfu_of_matmul']:.1f} % of {row['matmul_tflop_per_s']:.4g} TFLOP/s"
-    return f"{head}: {row['images_per_s']:.1f} img/s, {share}"
+    return f"{head}: {row['images_per_s']:.1f} img/s, {share}{foreseen(row)}"
 
 
 def exists(module: str) -> bool:
@@ -159,11 +158,8 @@ def exists(module: str) -> bool:
 
 
 def foreseen(row: dict[str, Any]) -> str:
-    """What the machine code of our own kernel foresees, where it was looked at for this op and GPU."""
-    chip = next((name for name in ("H100", "H200") if name in row.get("device", "")), None)
-    if row["provider"] != "fastmim" or chip is None or not exists("benchmarks.machine_code.forecast"):
-        return ""
-    ahead = import_module("benchmarks.machine_code.forecast").forecast(
-        row["op"], row["mode"], row["shape"], row["dtype"], chip
-    )
-    return f", foreseen {ahead['ms']:.4g} ms by {ahead['limit']}" if ahead else ""
+    """What bytes, FLOP and machine code let expect of this figure."""
+    if row.get("foreseen_images_per_s"):
+        return f", foreseen {row['foreseen_images_per_s']:.1f}"
+    ahead = row.get("foreseen_code_ms") or row.get("foreseen_ms")
+    return f", foreseen {ahead:.4g} ms" if ahead else ""

@@ -80,7 +80,7 @@ def test_what_becomes_of_a_part(runner):
     said = [
         runner.run(part, 30).what
         for part in (
-            python("print('fine')"),
+            python("print('fine'); print('Warning: at exit')"),
             python("raise ValueError('too small')"),
             python("print('skipped: no x'); raise SystemExit(3)"),
             python("1", needs=("json", "no_such.thing")),
