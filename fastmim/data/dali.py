@@ -6,7 +6,7 @@ DALI decodes and does no more: its bicubic resize takes longer than the decoding
 Pillow's stays inside. No draw happens in it: boxes are inputs, so it has no state and restarts anywhere.
 EXIF orientation is ignored, as torchvision's and Pillow's pipelines do.
 
-What it decodes   Plain JPEGs, `pixels.plain_jpeg_size`. Everything else is decoded by threads of our own as
+What it decodes   Plain JPEGs and PNGs, `pixels.for_dali`. Everything else is decoded by threads of our own as
                   `pixels` says, whose values are the rule, and DALI gets a pixel of our own in that slot.
 Bad files         One that cannot be decoded kills the pipeline: it is found by decoding one at a time, and a
                   new pipeline is built. One that cannot be parsed kills the process: DALI 2.4 unwinds while
@@ -33,7 +33,7 @@ from torch import Tensor
 from fastmim.data.decoder import Rejected, Request, cut_views
 from fastmim.data.draws import Draws
 from fastmim.data.pillow import holds_boxes, rejected_of
-from fastmim.data.pixels import decode_array, plain_jpeg_size
+from fastmim.data.pixels import decode_array, for_dali
 from fastmim.data.supply import to_device
 from fastmim.views import View
 
@@ -83,9 +83,10 @@ def make_pipeline(
 
 @dataclass
 class Work:
-    """A request in the pipeline, and the images of it that our own threads decode, by slot."""
+    """A request in the pipeline, what DALI was fed of it, and what our own threads decode, by slot."""
 
     request: Request
+    fed: Request
     ours: dict[int, Future[Tensor]]
 
 
@@ -128,27 +129,32 @@ class DaliDecoder:
         self._pipe = self._build(self._batch, self._depth)
 
     def submit(self, request: Request) -> None:
-        ours = {
-            slot: self._pool.submit(self._decode, data)
-            for slot, data in enumerate(request.data)
-            if not self._takes(data, request.draws, slot)
-        }
-        _feed(self._pipe, *_without(ours, request))
-        self._work.append(Work(request, ours))
+        data, ours = list(request.data), {}
+        for slot, encoded in enumerate(request.data):
+            taken = self._taken(encoded, request.draws, slot)
+            if taken is None:
+                ours[slot] = self._pool.submit(self._decode, encoded)
+            else:
+                data[slot] = taken
+        fed = replace(request, data=data)
+        _feed(self._pipe, *_without(ours, fed))
+        self._work.append(Work(request, fed, ours))
         if self._running or len(self._work) == self._depth:
             self._pipe.schedule_run()  # the first call starts all `depth` requests, later ones one each
             self._running = True
 
-    def _takes(self, data: bytes, draws: Draws, slot: int) -> bool:
-        """Whether DALI gets these: a plain JPEG, of the size that its own parser sees, holding the box."""
-        size = plain_jpeg_size(data)
-        if size is None or (self._refused and _digest(data) in self._refused):
-            return False
+    def _taken(self, data: bytes, draws: Draws, slot: int) -> bytes | None:
+        """What DALI gets of these: a plain file, of the size that its parser sees, holding the box."""
+        plain = for_dali(data, self._channels)
+        if plain is None or (self._refused and _digest(data) in self._refused):
+            return None
+        pixels, size = plain
         try:
-            stream = CodeStream(data)
+            stream = CodeStream(pixels)
         except RuntimeError:
-            return False
-        return size == (stream.height, stream.width) and holds_boxes(size, draws, slot)
+            return None
+        fits = size == (stream.height, stream.width) and holds_boxes(size, draws, slot)
+        return pixels if fits else None
 
     def _decode(self, data: bytes) -> Tensor:
         return torch.from_numpy(decode_array(data, self._channels))
@@ -159,14 +165,15 @@ class DaliDecoder:
     def decoded(self) -> tuple[list[Tensor], Draws]:
         assert len(self._work) == self._depth, "result() needs a full queue"
         while True:
-            request, ours = self._work[0].request, self._work[0].ours
+            oldest = self._work[0]
+            request, ours = oldest.request, oldest.ours
             if errors := rejected_of(ours, request.draws):
                 self._restart()
                 raise Rejected(errors)
             try:
                 images = _decoded(self._pipe, self._device)
             except RuntimeError as error:
-                slots = self._find_refused(request, str(error), ours.keys())
+                slots = self._find_refused(oldest.fed, str(error), ours.keys())
                 if not slots:  # every image can be decoded alone: this is about something else
                     self._restart()
                     raise

@@ -13,8 +13,8 @@
     ignored               orientation, colour profiles, gamma; pictures after the first of a file
     refused, by name      floating-point and 32-bit samples, CIELAB, bands beyond these, what DECODE lacks
 
-The DALI decoder leaves plain JPEGs (`plain_jpeg_size`) to DALI. Everything else is decoded by DECODE here,
-as for the Pillow decoder, packing, statistics and evaluations: they differ in plain JPEGs only.
+The DALI decoder leaves plain JPEGs and PNGs (`for_dali`) to DALI. All else is decoded by DECODE here, as for
+the Pillow decoder, packing, statistics and evaluations: these differ in plain JPEGs only.
 
 Limits  JPEG 2000 in colour of more than 8 bits is rounded by OpenJPEG's shift: at most a level off the rule.
 """
@@ -46,18 +46,24 @@ OPAQUE = {"RGBA": "RGB", "RGBX": "RGB", "LA": "L", "PA": "RGB", "YCbCr": "RGB"}
 LEVELS, DEEP = 255, 65535
 
 
-def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """(height, width) of a JPEG that leaves nothing to interpretation, which DALI decodes; None of others.
+def for_dali(data: bytes, channels: int) -> tuple[bytes, tuple[int, int]] | None:
+    """What DALI decodes of a file as the rule says, and its (height, width); None of others.
 
-    That it is whole `read_header` has seen.
+    A JPEG that leaves nothing to interpretation, and a PNG of bytes of grey or RGB whose checksums are right,
+    without all that is not pixels. That a file is whole `read_header` has seen.
     """
-    if not data.startswith(b"\xff\xd8\xff"):
-        return None
     try:
-        found = jpeg.read_front(data)
+        if data.startswith(b"\xff\xd8\xff"):
+            front = jpeg.read_front(data)
+            return (data, (front.height, front.width)) if front.plain else None
+        if data.startswith(b"\x89PNG\r\n\x1a\n"):
+            facts = png.read_png(data)
+            if facts.bits == 8 and facts.color == (png.RGB if channels == 3 else png.GREY):
+                pixels = png.only_pixels(data, checked=True)
+                return pixels, (facts.height, facts.width)
     except BadImage:
-        return None
-    return (found.height, found.width) if found.plain else None
+        pass  # `decode` says of what kind
+    return None
 
 
 def decode(data: bytes, *, deep: bool = False) -> Image.Image:
@@ -83,7 +89,8 @@ def decode(data: bytes, *, deep: bool = False) -> Image.Image:
 def as_array(image: Image.Image, channels: int) -> np.ndarray:
     """uint8 `[H, W, channels]` of a decoded image that is not deep."""
     assert not image.mode.startswith("I"), image.mode
-    return np.array(image.convert(MODE[channels])).reshape(image.height, image.width, channels)
+    image = image if image.mode == MODE[channels] else image.convert(MODE[channels])
+    return np.array(image).reshape(image.height, image.width, channels)
 
 
 def decode_array(data: bytes, channels: int) -> np.ndarray:

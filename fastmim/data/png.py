@@ -35,19 +35,30 @@ def read_png(data: bytes) -> Png:
     return Png(height, width, bits, color)
 
 
-def only_pixels(data: bytes) -> bytes:
-    """The chunks that a picture is of, and of its orientation. BadImage for an unknown one that is needed."""
-    pieces, at = [data[:AT]], AT
+def only_pixels(data: bytes, *, checked: bool = False) -> bytes:
+    """The chunks that a picture is of, and of its orientation. BadImage for an unknown one that is needed.
+
+    `checked`: of the picture only, and BadImage as well if a checksum is wrong or the end is not there.
+    """
+    pieces, at, name = [data[:AT]], AT, b""
     while at + 12 <= len(data):
         length, name = struct.unpack_from(">I4s", data, at)
         end = at + 12 + length
         if name in KEPT:
-            pieces.append(data[at:end])
+            piece = data[at:end]
+            if not checked:
+                pieces.append(piece)
+            elif name != b"eXIf":
+                if crc32(memoryview(piece)[4:-4]) != int.from_bytes(piece[-4:]):
+                    raise BadImage(f"damaged: a PNG whose chunk {name!r} has another checksum")
+                pieces.append(piece)
         elif not name[0] & 0x20:  # a capital: it cannot be read without
             raise BadImage(f"damaged: a PNG with the unknown chunk {name!r}")
         at = end
         if name == b"IEND":
             break
+    if checked and name != b"IEND":
+        raise BadImage("truncated: a PNG without its end")
     return b"".join(pieces)
 
 

@@ -15,7 +15,7 @@ from fastmim.data.decoder import Request, make_decoder
 from fastmim.data.draws import Draws
 from fastmim.data.header import BadImage, image_size
 from fastmim.data.pack import PackConfig, pack_images
-from fastmim.data.pixels import decode, plain_jpeg_size
+from fastmim.data.pixels import decode, for_dali
 from fastmim.data.source import find_images
 from fastmim.data.stats import stats
 from fastmim.data.verify import verify
@@ -330,7 +330,7 @@ BESIDE = {
 @pytest.mark.parametrize("kind", BESIDE)
 def test_only_the_first_picture_of_a_jpeg_counts(kind, decoder):
     data = [BESIDE[kind], JPEG]
-    assert plain_jpeg_size(data[0]) == image_size(data[0]) == (H, W)
+    assert for_dali(data[0], 3)[1] == image_size(data[0]) == (H, W)
     busy = make_decoder(decoder, [], batch=2, channels=3, threads=1, depth=1, device=CPU)
     busy.submit(Request(data))
     beside, alone = busy.decoded()[0]
@@ -389,7 +389,7 @@ def test_adobes_inverted_inks(decoder):
     file = BytesIO()
     Image.new("CMYK", (32, 24), (51, 153, 0, 0)).save(file, "JPEG", quality=100)
     data = file.getvalue()
-    assert b"Adobe" in data and plain_jpeg_size(data) is None
+    assert b"Adobe" in data and for_dali(data, 3) is None
     busy = make_decoder(decoder, [], batch=1, channels=3, threads=1, depth=1, device=CPU)
     busy.submit(Request([data]))
     [image] = busy.decoded()[0]
@@ -407,7 +407,7 @@ def test_damage_in_a_scan_is_seen_in_front_of_the_decoders():
             image_size(broken)
     # restarts, stuffing, scans of a progressive file and tables between them belong
     for options in ({"restart_marker_blocks": 2}, {"progressive": True}, {"quality": 100}):
-        assert image_size(encode(5, **options)) == plain_jpeg_size(encode(5, **options)) == (40, 48)
+        assert image_size(encode(5, **options)) == for_dali(encode(5, **options), 3)[1] == (40, 48)
 
 
 def test_the_orientation_of_a_png_with_long_text_is_kept(tmp_path):
@@ -421,3 +421,18 @@ def test_the_orientation_of_a_png_with_long_text_is_kept(tmp_path):
         small = Image.open(BytesIO(images.read(i)))
         assert dict(small.getexif())[0x0112] == 6
         assert image_size(images.read(i)) == (H // 2, W // 2)  # as stored: nothing was turned
+
+
+def test_what_is_left_to_dali():
+    """Speed is there; all else is read by the rule of one module."""
+    plain = {"PNG, grey 8": 1, "PNG, RGB 8": 3, "PNG, transparent black": 1}
+    for name, (data, _) in TABLE.items():
+        for channels in (1, 3):
+            assert (for_dali(data, channels) is not None) == (plain.get(name) == channels), name
+    assert for_dali(encode(0), 3) and for_dali(encode(0), 1) and for_dali(encode(0, mode="L"), 3)
+    assert for_dali(encode(0, keep_rgb=True), 3) is None
+    data = encoders.png(RGB8, 8, 2)
+    assert for_dali(data, 3) == (data, (H, W))
+    for broken in (data[:60] + b"\0\1\2" + data[63:], data[:-12], data.replace(b"IEND", b"IENd")):
+        assert for_dali(broken, 3) is None
+    assert for_dali(encoders.png(RGB8, 8, 2, before=text_chunk(b"zTXt", 9, packed=True)), 3) == (data, (H, W))

@@ -19,9 +19,9 @@ TABLE, SOAK = "benchmarks/pipeline/table.py", "benchmarks/pipeline/soak.py"
 FAULTS = [
     (
         DALI,
-        "        if size is None or (self._refused",
-        '        if (size is None and data[:2] == b"\\xff\\xd8") or (self._refused',
-        "DALI gets what is no plain JPEG",
+        "        if plain is None or (self._refused",
+        "        seen = CodeStream(data)\n        plain = plain or (data, (seen.height, seen.width))\n        if plain is None or (self._refused",
+        "DALI gets what it is not to decode",
         "end_the_process or test_decoders",
     ),
     (
