@@ -1,5 +1,6 @@
 """What a pixel means: formats and depths by every path to pixels, against values put there by hand."""
 
+import json
 import struct
 import zlib
 from io import BytesIO
@@ -312,6 +313,20 @@ def test_the_same_are_refused_by_the_same_reason_everywhere(decoder):
             decode(REFUSED[name][0])
         assert str(refused.value) == said
         assert "damaged" not in said or name in ("maxval",), (name, said)
+
+
+def test_training_refuses_what_verify_names(decoder, open_loader, tmp_path):
+    """The same files for the same reasons, as the views of a run find them and as the cache does."""
+    data = [*DATA, *(data for data, _ in REFUSED.values()), encode(2), encode(2)[:-90], encode(3)]
+    images = MemoryImages(data)
+    named = {i: reason for i, reason in verify(images, 2, decoder, CPU) if reason}
+    assert len(named) == len(REFUSED) + 1
+    for cache in ("none", "ram"):
+        take(open_loader(images, decoder, batch=len(data), max_bad_fraction=1.0, cache=cache), 1)
+        file = tmp_path / "bad_samples.jsonl"
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        file.unlink()
+        assert {row["sample_id"]: row["reason"] for row in rows} == named
 
 
 # --- what lies beside the pixels ------------------------------------------------------------------------

@@ -20,7 +20,7 @@ FAULTS = [
     (
         DALI,
         "        if plain is None or (self._refused",
-        "        seen = CodeStream(data)\n        plain = plain or (data, (seen.height, seen.width))\n        if plain is None or (self._refused",
+        "        plain = plain or (data, (CodeStream(data).height, 20))\n        if (self._refused",
         "DALI gets what it is not to decode",
         "end_the_process or test_decoders",
     ),
