@@ -40,6 +40,7 @@ from fastmim_kernels.attention_timing import (
 )
 from fastmim_kernels.attention_varlen import attention_varlen, why_no_varlen
 from fastmim_kernels.attention_xformers import attention_xformers, remedy, why_no_xformers
+from fastmim_kernels.tracing import constant_in_graphs
 
 __all__ = [
     "Backend", "attention", "attention_choices", "attention_reference", "choose_attention", "obstacles",
@@ -124,7 +125,7 @@ def choose_attention(requested: Backend, device: str, dtype: torch.dtype) -> tup
 # --- the fastest ------------------------------------------------------------------------------------------
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _fastest(
     segments: tuple[int, ...], heads: int, width: int, batch: int, layout: Layout,
     dtype: torch.dtype, grad: bool, device: torch.device,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastmim_kernels.attention_tile import HALF
 from fastmim_kernels.attention_xformers import why_broken
+from fastmim_kernels.tracing import constant_in_graphs
 
 MAX_WIDTH = 256
 
@@ -55,7 +56,7 @@ def attention_varlen(q: Tensor, k: Tensor, v: Tensor, segments: tuple[int, ...])
     return out.view(q.shape)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 @cache
 def _why_not_here() -> str | None:
     """What keeps it from serving on this CUDA device. Tried, once: a torch or a device may lack it."""

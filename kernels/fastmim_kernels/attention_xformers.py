@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmim_kernels.tracing import constant_in_graphs
+
 PAIRS = {  # torch -> extra, package, release
     "2.10": ("xformers", "xformers", "0.0.34"),
     "2.11": ("mslk", "mslk-cuda", "1.1.0"),
@@ -91,7 +93,7 @@ def why_broken(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 @cache
 def serving() -> tuple[str | None, tuple[str, ...]]:
     """The package that serves on this CUDA device, None if none does, and what is wrong with the others.

@@ -31,7 +31,6 @@ FLAGS = (
     "-ffp-contract=off",  # where multiply and add are one instruction they round once: not on every processor
     "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native",
     f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-    f"-isystem{TORCH}/include",
 )  # fmt: skip
 
 
@@ -58,7 +57,8 @@ def _run(command: list[str]) -> str:
 
 
 def _folder(compiler: str) -> Path:
-    """Where the library of these sources, this torch, compiler and processor lies."""
+    """Where the library of these sources, this torch, compiler and processor lies: in every environment the
+    same, for the headers of a torch are those of its version wherever it is installed."""
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.exists() else []
     features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
@@ -76,7 +76,7 @@ def _ninja_file(compiler: str) -> str:
     sources = sorted(SOURCES.resolve().glob("*.cpp"))
     objects = " ".join(f"{path.stem}.o" for path in sources)
     compiled = "".join(f"build {path.stem}.o: compile {_escape(path)}\n" for path in sources)
-    compile_with = _words(compiler, *FLAGS)
+    compile_with = _words(compiler, *FLAGS, f"-isystem{TORCH}/include")
     link_with = _words(compiler, "-shared", "-fopenmp")
     libraries = _words(f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10")
     return (

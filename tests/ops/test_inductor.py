@@ -1,9 +1,10 @@
-"""torch.compile of many custom ops in a row, on every torch that the project allows."""
+"""torch.compile of many custom ops in a row and of constants, on every torch that the project allows."""
 
 import pytest
 import torch
 from fastmim_kernels import add_layer_norm, bias_gelu
 from fastmim_kernels.inductor import brief, needs_brief_log
+from fastmim_kernels.tracing import constant_in_graphs
 
 DEPTH = (
     24  # two norms in each of twelve blocks; before torch 2.13 it took minutes, and ended in a RecursionError
@@ -44,3 +45,23 @@ def test_torch_is_told_where_it_needs_it():
     from torch._inductor.exc import OperatorIssue
 
     assert (OperatorIssue.operator_str is brief) == needs_brief_log()
+
+
+def test_a_constant_is_marked_as_torch_does_it():
+    def ours(): ...
+    def theirs(): ...
+
+    assert vars(constant_in_graphs(ours)) == vars(torch.compiler.assume_constant_result(theirs)) != {}
+
+
+def test_what_cannot_be_traced_may_be_a_constant():
+    calls = []
+
+    @constant_in_graphs
+    def measured() -> int:
+        calls.append(id(calls))
+        return 3
+
+    compiled = torch.compile(lambda x: x * measured(), fullgraph=True, backend="eager")
+    assert compiled(torch.ones(2)).tolist() == compiled(torch.ones(2)).tolist() == [3, 3]
+    assert len(calls) == 1

@@ -335,6 +335,17 @@ def test_what_is_built_serves_from_then_on(tmp_path):
 
 
 @needs_library
+def test_one_library_serves_every_environment_with_this_torch(tmp_path, monkeypatch):
+    compiler = str(fake_compiler(tmp_path / "c++", LIBRARY))
+    before = native._folder(compiler)
+    monkeypatch.setattr(native, "TORCH", tmp_path)
+    assert native._folder(compiler) == before
+    assert f"-isystem{tmp_path}/include" in native._ninja_file(compiler)
+    monkeypatch.setattr(torch, "__version__", "2.9.0")
+    assert native._folder(compiler) != before
+
+
+@needs_library
 def test_processes_wait_for_one_another_and_not_for_the_dead(tmp_path):
     compiler = fake_compiler(tmp_path / "c++", LIBRARY, seconds=30)
     env = {"CXX": str(compiler), "TORCH_EXTENSIONS_DIR": str(tmp_path / "cache")}
