@@ -31,14 +31,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt as caught:
         if os.environ.get("RANK", "0") == "0":
             print("fastmim: interrupted", *caught.args, file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
         os._exit(INTERRUPTED)  # not by the end of torch, which may wait for other ranks
 
 
 def start(arguments: Sequence[str] | None) -> None:
     from fastmim.arguments import parse  # seconds, in which one may be interrupted as well
     from fastmim.engine.config import as_dict
+    from fastmim.engine.run_dir import check_run_dir
 
     first = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(levelname)s %(message)s")
@@ -51,6 +52,11 @@ def start(arguments: Sequence[str] | None) -> None:
         if first:
             print(json.dumps(as_dict(command.run), indent=2))
         return
+
+    try:
+        check_run_dir(command.run)
+    except ValueError as error:  # what one node sees of a folder is not what another does
+        stop(error, 2, say=os.environ.get("LOCAL_RANK", "0") == "0")
 
     from fastmim.engine import pretrain  # imports DeepSpeed: seconds that --help need not take
     from fastmim.engine.deepspeed import leave_process_group

@@ -60,6 +60,138 @@ def test_resume_takes_up_the_saved_command_line(tmp_path):
     assert (run.allow_changes, run.epochs) == ((), 3.0)
 
 
+def saved_run(folder: Path, *arguments: str, **more) -> tuple[str, ...]:
+    """A run directory that these arguments started; the flags that resume it."""
+    (folder / "config.json").write_text(json.dumps({"arguments": arguments, **more}))
+    return "--run-dir", str(folder), "--resume"
+
+
+def test_what_is_given_on_resume_takes_the_place_of_what_was_saved(tmp_path):
+    saved = ["--method=rmae", "--method.no-norm-pix", "--optim.betas", "0.9", "0.99", "--steps", "4"]
+    resume = saved_run(tmp_path, *saved, "--log-every=7", "--seed", "3")
+    run, kept = parse([*resume, "--method.norm_pix", "--optim.betas=0.8", "0.95", "--log-every", "5"])
+    assert (run.run.method.norm_pix, run.run.optim.betas, run.run.log_every) == (True, (0.8, 0.95), 5)
+    assert (run.run.seed, run.run.steps, run.run.allow_changes) == (3, 4, ())
+    again = saved_run(tmp_path, *kept)
+    assert parse(again)[0].run == run.run
+    assert kept.count("--optim.betas") + kept.count("--optim.betas=0.8") == 1  # it does not grow by resuming
+    assert run_of(*resume, "--method.no-norm-pix").method.norm_pix is False  # the same command, once more
+
+
+@pytest.mark.parametrize(
+    ("saved", "given", "steps", "epochs"),
+    [
+        (["--steps", "4"], ["--epochs", "5"], None, 5.0),
+        (["--steps=4"], ["--epochs=5"], None, 5.0),
+        (["--epochs", "2"], ["--steps", "9"], 9, 6.0),
+        (["--steps", "4"], ["--steps", "9"], 9, 6.0),
+    ],
+)
+def test_epochs_and_steps_replace_one_another_and_may_differ_from_the_checkpoint(
+    tmp_path, saved, given, steps, epochs
+):
+    run = run_of(*saved_run(tmp_path, *saved), *given, "--allow-changes", "seed")
+    assert (run.steps, run.epochs, run.allow_changes) == (steps, epochs, ("seed", "total_steps"))
+    assert run_of(*saved_run(tmp_path, *saved)).allow_changes == ()
+
+
+@pytest.mark.parametrize(
+    ("saved", "given", "words"),
+    [
+        ([], ["--method", "rmae"], "method: the run was started with mae, got rmae"),
+        (["--method", "rmae", "--method.t2", "full"], ["--method=mae"], "started with rmae, got mae"),
+        (
+            ["--data.path", "/x"],
+            ["--recipe", "cifar10"],
+            "recipe: the run was started with imagenet, got cif",
+        ),
+        (["--method", "cmae"], ["--variant", "byol"], "variant: the run was started without --variant, got"),
+        (["--model", "vit_small"], ["--model", "vit_tiny"], "model: the run was started with vit_small, got"),
+        ([], ["--init-from", "a.pth"], "init-from: the run started from fresh weights, got "),
+        (["--init-from", "/b.pth"], ["--init-from", "/a.pth"], "the run started from /b.pth, got /a.pth"),
+        (
+            [],
+            ["--recipe", "imagnet"],
+            "recipe: want one of imagenet, cifar10, sample, got 'imagnet'; did you",
+        ),
+    ],
+)
+def test_a_run_keeps_what_it_is_of(tmp_path, capsys, saved, given, words):
+    resume = saved_run(tmp_path, *saved)
+    with pytest.raises(SystemExit) as stopped:
+        main([*resume, *given])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert words in error and error.count("\n") == 1
+
+
+def test_what_a_run_is_of_may_be_said_again(tmp_path, capsys):
+    saved = ["--method", "cmae", "--init-from", "/a/b.pth", "--data.path", "/x"]
+    resume = saved_run(tmp_path, *saved)
+    run = run_of(*resume)
+    assert run_of(*resume, *saved, "--variant", "patch", "--model", "vit_base", "--recipe", "imagenet") == run
+    assert run_of(*resume, "--init-from", "/a/./b.pth").init_from == Path("/a/b.pth")
+    assert capsys.readouterr().err == ""
+
+
+def test_data_given_anew_is_no_other_recipe(tmp_path):
+    resume = saved_run(tmp_path, "--method", "mae")
+    run = run_of(*resume, "--data.path", "/images")
+    assert (run.data.path, run.model.size) == (Path("/images"), (64, 64))
+
+
+def test_paths_are_saved_as_they_mean_the_same_in_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command, kept = parse(["--data.path", "a/{0..3}.tar", "--init_from=b.pth", "--run-dir", "runs/x"])
+    assert kept == [
+        "--data.path", f"{tmp_path}/a/{{0..3}}.tar", f"--init_from={tmp_path}/b.pth",
+        "--run-dir", f"{tmp_path}/runs/x",
+    ]  # fmt: skip
+    assert command.run.data.path == tmp_path / "a/{0..3}.tar"
+    resume = saved_run(tmp_path, "--data.path", "images")  # as older versions saved it
+    assert run_of(*resume).data.path == tmp_path / "images"
+
+
+def test_data_moved_with_the_run_is_found_by_its_place(tmp_path, capsys):
+    (tmp_path / "new" / "run").mkdir(parents=True)
+    (tmp_path / "new" / "set").mkdir()
+    for path in ("set", "set/{0..3}.tar"):
+        saved = ["--data.path", f"{tmp_path}/old/{path}"]
+        resume = saved_run(tmp_path / "new" / "run", *saved, run_dir=f"{tmp_path}/old/run")
+        assert run_of(*resume).data.path == tmp_path / "new" / path
+        assert (
+            f"no more at {tmp_path}/old/{path}: taken from {tmp_path}/new/{path}" in capsys.readouterr().err
+        )
+        assert run_of(*resume, "--data.path", "/x").data.path == Path("/x")
+    (tmp_path / "new" / "set").rmdir()
+    with pytest.raises(
+        ValueError, match="where nothing is, nor at .*/new/set/.*give its place by --data.path"
+    ):
+        parse(resume)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"arguments": 3}', "{}"])
+def test_a_config_that_no_run_wrote(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json is damaged, or no run wrote it"):
+        parse(["--resume", "--run-dir", str(tmp_path)])
+
+
+def test_a_flag_given_twice_is_said(capsys):
+    assert run_of("--seed", "1", "--method.no-norm-pix", "--seed=2", "--method.norm-pix").seed == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "fastmim: note: --seed is given more than once; the last counts",
+        "fastmim: note: --method.norm-pix is given more than once; the last counts",
+    ]
+
+
+def test_shortened_flags_are_none(capsys):
+    for flag in ("--resum", "--epoch", "--method.mask"):
+        with pytest.raises(SystemExit):
+            parse([flag, "1"])
+        assert "Unrecognized" in "".join(capsys.readouterr())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -76,6 +208,9 @@ def test_resume_takes_up_the_saved_command_line(tmp_path):
         (["--recipe", "cifar"], "got 'cifar'; did you mean cifar10?"),
         (["--model.image-size", "100"], "model.image-size: want multiples of the patch, 8, got 100 x 100"),
         (["--method.mask-ratio", "1.5"], "method.mask-ratio: want a ratio between 0 and 1, got 1.5"),
+        (["--data.threads", "0"], "want data.threads >= 1, got 0"),
+        (["--allow-changes", "seed"], "allow-changes: of use with --resume only, got seed"),
+        (["--data.path="], "data.path: want a path, got nothing"),
         (["--batch", "0"], "batch: want at least 1, got 0"),
         (["--steps", "5", "--epochs", "2"], "steps, epochs: want one of them, got both"),
         (["--resume"], "resume: want --run-dir"),
@@ -98,8 +233,8 @@ def test_refused_in_plain_words_with_nothing_written(arguments, message, tmp_pat
         main(arguments)
     assert stopped.value.code == 2
     error = capsys.readouterr().err
-    assert message in " ".join(error.replace("│", " ").split())  # refused while parsing: tyro draws a frame
-    assert "Traceback" not in error
+    assert message in error
+    assert error.startswith("fastmim: error: ") and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,6 +12,7 @@ Find    rank 0 decides, all ranks follow. What does not match its checksums is n
 Limits  one folder that all ranks see, one run at a time in it. A rename must be atomic there.
 """
 
+import difflib
 import hashlib
 import json
 import logging
@@ -58,7 +59,8 @@ class Checkpoint:
     def check_facts(self, expected: Facts, *, allow: Collection[str] = ()) -> list[str]:
         """Compare with this run's facts; the differences that `allow` lets pass are returned as text.
 
-        `allow` holds dotted names; `data` covers `data.path`. Raises CheckpointError with all the others.
+        `allow` holds dotted names; `data` covers `data.path`. Raises CheckpointError with all the others, and
+        for a name that is none.
         """
         theirs, ours = _flat(self.facts), _flat(expected)
         changed = {
@@ -70,6 +72,8 @@ class Checkpoint:
         if refused := [line for name, line in changed.items() if name not in passed]:
             lines = "\n  ".join(refused)
             raise CheckpointError(f"{self.path} was saved by a run that differs from this one:\n  {lines}")
+        for name in allow:
+            _require_fact(name, theirs.keys() | ours.keys())
         return [changed[name] for name in passed]
 
 
@@ -313,6 +317,14 @@ def _verify(path: Path) -> Checkpoint:
     if damages:
         raise CheckpointError("; ".join(damages))
     return found
+
+
+def _require_fact(name: str, facts: Collection[str]) -> None:
+    if any(f"{fact}.".startswith(f"{name}.") for fact in facts):
+        return
+    near = difflib.get_close_matches(name, facts, n=1, cutoff=0.3)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise CheckpointError(f"allow-changes: want names of {', '.join(sorted(facts))}, got {name!r}{hint}")
 
 
 def _flat(facts: Facts, prefix: str = "") -> dict[str, str]:

@@ -43,7 +43,8 @@ class Run:
     run_dir: Path | None = None
     """Where everything about the run is written; by default runs/METHOD-DATE-TIME"""
     resume: bool = False
-    """Continue the run in --run-dir from its newest whole checkpoint, with its saved configuration"""
+    """Continue the run in --run-dir from its newest whole checkpoint, with its saved configuration. --epochs
+    or --steps make it longer: the schedule is from then on that of a run of the new length"""
     allow_changes: tuple[str, ...] = ()
     """With --resume: facts of the run that may differ from the checkpoint's, by the names the error gives"""
     init_from: Path | None = None
@@ -66,6 +67,8 @@ class Run:
             raise ValueError(f"epochs: want more than 0, got {self.epochs}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed: want 0 to 2^63 - 1, got {self.seed}")
+        if self.allow_changes and not self.resume:
+            raise ValueError(f"allow-changes: of use with --resume only, got {' '.join(self.allow_changes)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +141,16 @@ def make_plan(run: Run, images: Images, *, world: int, device: Literal["cuda", "
         attention=f"{attention} ({why})",
         notes=tuple(notes),
     )
+
+
+def with_absolute_paths(run: Run) -> Run:
+    """The run as it means the same in any folder, whoever goes to another before it ends."""
+    data, init_from = run.data, run.init_from
+    if data.path is not None:
+        data = dataclasses.replace(data, path=Path(data.path).absolute())
+    if init_from is not None:
+        init_from = Path(init_from).absolute()
+    return dataclasses.replace(run, data=data, init_from=init_from)
 
 
 def as_dict(value: Any) -> Any:

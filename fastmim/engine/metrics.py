@@ -143,7 +143,7 @@ class Report:
             str(run_dir / "tensorboard"), purge_step=start_step + 1 if start_step else None
         )
         self.bar = None
-        if sys.stderr.isatty():
+        if getattr(sys.stderr, "isatty", bool)():  # what notebooks and tests put there may have none
             self.bar = tqdm(total=self.total, initial=start_step, unit="step", dynamic_ncols=True)
 
     def write(self, rows: list[dict[str, Any]]) -> None:

@@ -9,19 +9,40 @@ Limits  the only module of the engine that imports matplotlib and Pillow; no pyp
 
 import json
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from fastmim.methods.base import Reconstruction
 from fastmim.models.vit import ViTConfig
+
+
+@contextmanager
+def no_backend_named() -> Iterator[None]:
+    """Import matplotlib within this: it raises where MPLBACKEND names a backend that it does not find, as in
+    every `!` command of a notebook. Files need none; who shows figures in this process finds it set."""
+    named = os.environ.pop("MPLBACKEND", None)
+    try:
+        yield
+    finally:
+        if named is not None:
+            os.environ["MPLBACKEND"] = named
+    if named:
+        with suppress(ValueError):
+            matplotlib.rcParams["backend"] = named
+
+
+with no_backend_named():
+    import matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
 EPS = 1e-6  # of the pixel loss
 GREY = 128  # hidden patches

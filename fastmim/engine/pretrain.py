@@ -2,11 +2,10 @@
 
 import json
 import logging
-import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -25,7 +24,15 @@ from fastmim.data import (
 from fastmim.data.sample import sample_set
 from fastmim.data.sizes import bytes_as_text
 from fastmim.engine.checkpoint import Checkpoint, CheckpointError, Checkpoints
-from fastmim.engine.config import Plan, Run, as_dict, fingerprint, make_plan, run_facts
+from fastmim.engine.config import (
+    Plan,
+    Run,
+    as_dict,
+    fingerprint,
+    make_plan,
+    run_facts,
+    with_absolute_paths,
+)
 from fastmim.engine.deepspeed import start_process_group, whole_state, wrap
 from fastmim.engine.doctor import versions
 from fastmim.engine.extension import build_fused_adam
@@ -33,6 +40,15 @@ from fastmim.engine.loop import train_loop
 from fastmim.engine.metrics import Metrics, NonFinite
 from fastmim.engine.pictures import draw_loss, draw_reconstruction
 from fastmim.engine.ranks import RankError, Ranks
+from fastmim.engine.run_dir import (
+    check_room,
+    check_run_dir,
+    claimed,
+    no_empty_folder_left,
+    place_of,
+    saved_fingerprint,
+    write_configuration,
+)
 from fastmim.engine.shards import checkpoint_bytes, restore, write_shards
 from fastmim.engine.teacher import Teacher, check_copies, copy_students
 from fastmim.interop.mae import (
@@ -49,11 +65,21 @@ from fastmim.methods.base import Method
 from fastmim.optim import check_optimizer
 from fastmim.views import Batch, augmented
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
 log = logging.getLogger("fastmim")
 
 REFUSALS = (ValueError, ImportError, RankError, CheckpointError)  # of `prepare`
 SHARED_ENDINGS = (NonFinite, CheckpointError)  # of `train`, the same on every rank
-ENDINGS = (*SHARED_ENDINGS, BadImages)  # the last on one rank, while others may be in the middle of a step
+
+
+class NotLoaded(RuntimeError):
+    """A whole checkpoint that DeepSpeed cannot load into this run."""
+
+
+# the last two on one rank, while others may be in the middle of a step or of loading
+ENDINGS = (*SHARED_ENDINGS, BadImages, NotLoaded)
 
 
 def device_type() -> Literal["cuda", "cpu"]:
@@ -80,7 +106,10 @@ def sizes_of(run: Run, plan: Plan, images: Images, ranks: Ranks) -> Sizes | None
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A run that can be done: all that could be refused has been looked at, and nothing has been written."""
+    """A run that can be done: all that could be refused has been looked at, and nothing has been written.
+
+    An empty directory of its own is there for a run that was not given one.
+    """
 
     run: Run
     plan: Plan
@@ -92,6 +121,7 @@ class Prepared:
     checkpoints: Checkpoints
     facts: dict[str, Any]
     found: Checkpoint | None  # where to resume
+    changed: list[str]  # facts that differ from that checkpoint's, as was allowed
     weights: str | None  # what came from --init-from and what did not
 
 
@@ -102,6 +132,8 @@ def prepare(run: Run) -> Prepared:
     done.
     """
     device = device_type()
+    run = with_absolute_paths(run)
+    check_run_dir(run)
     check_decoder(run.data.decoder, run.model.channels)
     check_optimizer(run.optim)
     ranks = start_process_group(device)
@@ -112,69 +144,70 @@ def prepare(run: Run) -> Prepared:
     sizes = ranks.all_succeed(lambda: sizes_of(run, plan, images, ranks), "looking at the images")
     method, weights = ranks.all_succeed(lambda: build_method(run), "building the model")
     facts = run_facts(run, plan, images)
-    run_dir = choose_run_dir(run, ranks)
+    need_bytes = checkpoint_bytes(method, run, plan)
+    ranks.from_main(lambda: check_room(place_of(run), need_bytes), "looking for room for a checkpoint")
+    run_dir = place_of(run)
+    if run.run_dir is None:  # last: nothing that follows refuses a run without one
+        run_dir = ranks.from_main(lambda: claimed(run.method.name), "making the run directory")
     checkpoints = Checkpoints(run_dir / "checkpoints", ranks, keep=run.keep)
-    found = find_checkpoint(run, checkpoints, facts)
+    found, changed = find_checkpoint(run, run_dir, checkpoints, facts)
     return Prepared(
         run=run, plan=plan, ranks=ranks, images=images, sizes=sizes, method=method, run_dir=run_dir,
-        checkpoints=checkpoints, facts=facts, found=found, weights=weights,
+        checkpoints=checkpoints, facts=facts, found=found, changed=changed, weights=weights,
     )  # fmt: skip
 
 
 def train(p: Prepared, *, arguments: list[str] | None = None) -> None:
     """Train, checkpoint, export and draw. `arguments` is the command line, kept for --resume.
 
-    Raises NonFinite, CheckpointError, or BadImages, for what stops a run; its last checkpoint stays.
+    Raises NonFinite, CheckpointError, NotLoaded or BadImages, for what stops a run; its last checkpoint
+    stays, and a run that could not begin is as it was.
     """
-    run, plan, ranks = p.run, p.plan, p.ranks
+    ranks = p.ranks
     if ranks.is_main:
-        write_configuration(p, arguments)
         describe(p)
-    need_bytes = checkpoint_bytes(p.method, run, plan)
-    p.method.peers = ranks
-    engine = wrap(p.method, run, plan)
-    teacher = Teacher(engine, ranks)
-    start_step = restore(engine, teacher, p.found, ranks) if p.found else 0
-    order = SampleOrder(
-        plan.num_samples, run.batch,
-        accumulate=run.accumulate, world=ranks.world, rank=ranks.rank, seed=run.seed,
-    )  # fmt: skip
+    ours = p.run.run_dir is None or not p.run_dir.exists()
+    with no_empty_folder_left(p.run_dir, ours=ours):
+        p.method.peers = ranks
+        engine = wrap(p.method, p.run, p.plan)
+        teacher = Teacher(engine, ranks)
+        start_step = load(engine, teacher, p.found, ranks) if p.found else 0
+        with loader_of(p, start_step) as loader:  # the last that may refuse: only now is anything written
+            content = configuration(p, arguments)
+            ranks.from_main(
+                lambda: write_configuration(p.run_dir, content), "writing config.json", CheckpointError
+            )
+            batches = iter(loader)
+            train_steps(p, engine, teacher, batches, start_step)
+            state = whole_state(engine, teacher.values())
+            if ranks.is_main:
+                write_results(p.run, p.run_dir, state, next(batches))
+    ranks.barrier()
+
+
+def train_steps(
+    p: Prepared, engine: "DeepSpeedEngine", teacher: Teacher, batches: Iterator[Batch], start_step: int
+) -> None:
+    """Every step that is left, with its metrics and checkpoints."""
+    need_bytes = checkpoint_bytes(p.method, p.run, p.plan)
     metrics = Metrics(
-        p.run_dir, plan, ranks, log_every=run.log_every, batch=run.batch, start_step=start_step,
+        p.run_dir, p.plan, p.ranks, log_every=p.run.log_every, batch=p.run.batch, start_step=start_step,
         diagnose=p.method.diagnose,
     )  # fmt: skip
 
     def save(step: int) -> None:
         path = p.checkpoints.save(
             step,
-            lambda folder: write_shards(engine, teacher, folder, ranks),
+            lambda folder: write_shards(engine, teacher, folder, p.ranks),
             facts=p.facts,
             need_bytes=need_bytes,
         )
         log.info("checkpoint %s", path)
 
-    loader = Loader(
-        p.images,
-        augmented(p.method.views, run.data.augment),
-        order,
-        config=run.data,
-        channels=run.model.channels,
-        seed=run.seed,
-        device=device_of(plan, ranks),
-        bad_samples=p.run_dir / "bad_samples.jsonl",
-        start_step=start_step,
-        sizes=p.sizes,
-    )
-    with loader:
-        batches = iter(loader)
-        try:
-            train_loop(engine, teacher, batches, metrics, save, run=run, plan=plan, start_step=start_step)
-        finally:
-            metrics.close()
-        state = whole_state(engine, teacher.values())
-        if ranks.is_main:
-            write_results(run, p.run_dir, state, next(batches))
-    ranks.barrier()
+    try:
+        train_loop(engine, teacher, batches, metrics, save, run=p.run, plan=p.plan, start_step=start_step)
+    finally:
+        metrics.close()
 
 
 # --- before the first step ------------------------------------------------------------------------
@@ -197,41 +230,65 @@ def build_method(run: Run) -> tuple[Method, str | None]:
     return method, f"{words_on_weights(flat, wanted)}, from {run.init_from}"
 
 
-def choose_run_dir(run: Run, ranks: Ranks) -> Path:
-    """The run directory, the same on every rank; one that holds another run is refused."""
-    if run.run_dir is None:
-        if run.resume:
-            raise ValueError("resume: want --run-dir, the directory of the run to continue")
-        name = f"{run.method.name}-{datetime.now():%Y%m%d-%H%M%S}"
-        return Path(ranks.broadcast(str(Path("runs").resolve() / name)))
-    run_dir = run.run_dir.resolve()
-    if not run.resume and any((run_dir / "checkpoints").glob("step-*")):
-        raise ValueError(
-            f"run-dir: {run_dir} holds checkpoints of a run; add --resume to continue it, or name another"
-        )
-    return run_dir
-
-
-def find_checkpoint(run: Run, checkpoints: Checkpoints, facts: dict[str, Any]) -> Checkpoint | None:
+def find_checkpoint(
+    run: Run, run_dir: Path, checkpoints: Checkpoints, facts: dict[str, Any]
+) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint to resume, and what differs from it as was allowed: now, or at a start that went on and
+    ended before the next checkpoint, of which config.json has the fingerprint. CheckpointError for all else.
+    """
     if not run.resume:
-        return None
+        return None, []
     found = checkpoints.find()
     if found is None:
         raise CheckpointError(f"resume: there is no checkpoint in {checkpoints.folder}")
-    found.check_facts(facts, allow=run.allow_changes)
-    return found
+    accepted = checkpoints.ranks.broadcast(saved_fingerprint(run_dir)) == fingerprint(facts)
+    also = facts.keys() | found.facts.keys() if accepted else ()
+    changed = found.check_facts(facts, allow=[*run.allow_changes, *also])
+    if (total := facts["total_steps"]) < found.step:
+        raise CheckpointError(f"steps, epochs: {found.path} has {found.step} steps, got a run of {total}")
+    return found, changed
 
 
-def write_configuration(p: Prepared, arguments: list[str] | None) -> None:
-    p.run_dir.mkdir(parents=True, exist_ok=True)
-    content = {
+def load(engine: "DeepSpeedEngine", teacher: Teacher, found: Checkpoint, ranks: Ranks) -> int:
+    """`restore`, with NotLoaded in a line for whatever DeepSpeed stumbles over."""
+    try:
+        return restore(engine, teacher, found, ranks)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        why = " ".join(str(error).split())
+        raise NotLoaded(f"resume: {found.path} cannot be loaded by this run: {why}") from error
+
+
+def loader_of(p: Prepared, start_step: int) -> Loader:
+    run, plan, ranks = p.run, p.plan, p.ranks
+    order = SampleOrder(
+        plan.num_samples, run.batch,
+        accumulate=run.accumulate, world=ranks.world, rank=ranks.rank, seed=run.seed,
+    )  # fmt: skip
+    return Loader(
+        p.images,
+        augmented(p.method.views, run.data.augment),
+        order,
+        config=run.data,
+        channels=run.model.channels,
+        seed=run.seed,
+        device=device_of(plan, ranks),
+        bad_samples=p.run_dir / "bad_samples.jsonl",
+        start_step=start_step,
+        sizes=p.sizes,
+    )
+
+
+def configuration(p: Prepared, arguments: list[str] | None) -> dict[str, Any]:
+    """What config.json says of the run."""
+    return {
         "run": as_dict(p.run),
         "plan": asdict(p.plan),
         "fingerprint": fingerprint(p.facts),
         "versions": versions(),
         "arguments": arguments,
     }
-    (p.run_dir / "config.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
 def describe(p: Prepared) -> None:
@@ -257,11 +314,12 @@ def describe(p: Prepared) -> None:
         ("on", f"{plan.device}, {plan.precision}, ZeRO {run.zero}, attention {plan.attention}"),
         *([("weights", p.weights)] if p.weights else []),
         ("run dir", str(p.run_dir)),
+        *(("changed", line) for line in p.changed),
         *(("note", note) for note in plan.notes),
     ]
-    for name, line in lines:
-        print(f"{name:>8}  {line}")
-    sys.stdout.flush()
+    if p.found and p.found.step == plan.total_steps:
+        lines.append(("note", f"all {plan.total_steps} steps are done: --epochs or --steps makes them more"))
+    print("\n".join(f"{name:>8}  {line}" for name, line in lines), flush=True)
 
 
 def cache_line(p: Prepared) -> list[tuple[str, str]]:

@@ -14,6 +14,14 @@ from fastmim.models.mae_decoder import DecoderConfig
 from fastmim.models.vit import ViTConfig
 from fastmim.optim import OptimConfig
 
+# flags of a run as small, for the command line
+TINY = [
+    *("--method", "mae", "--recipe", "sample", "--data.decoder", "pillow", "--data.threads", "1"),
+    *("--model.width", "16", "--model.depth", "1", "--model.heads", "2", "--model.patch", "4"),
+    *("--model.image-size", "16", "--method.decoder.width", "16", "--method.decoder.depth", "1"),
+    *("--method.decoder.heads", "2", "--batch", "8", "--log-every", "1"),
+]
+
 MODEL = ViTConfig(width=16, depth=1, heads=2, patch=4, image_size=16)
 
 

@@ -311,8 +311,8 @@ FAULTS = [
     ),
     (
         ARGUMENTS,
-        "        run = variant_of(method, variant).of(run)\n",
-        "        variant_of(method, variant)\n",
+        "            run = variant_of(self.method, self.variant).of(run)\n",
+        "            variant_of(self.method, self.variant)\n",
         "a variant is checked and not applied",
         "test_variants",
     ),
