@@ -13,6 +13,7 @@ Place   $FASTMIM_CACHE/index, else $XDG_CACHE_HOME/fastmim/index, else ~/.cache/
 Bytes   of 1.28 million names: the names, 8 each for where they end and 4 for the label; no string each.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -123,10 +124,13 @@ class Index:
 
 
 def cache_folder() -> Path:
-    """$FASTMIM_CACHE, else $XDG_CACHE_HOME/fastmim, else ~/.cache/fastmim."""
-    if named := os.environ.get("FASTMIM_CACHE"):
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastmim"
+    """$FASTMIM_CACHE, else $XDG_CACHE_HOME/fastmim, else ~/.cache/fastmim. OSError where there is no home."""
+    try:
+        if named := os.environ.get("FASTMIM_CACHE"):
+            return Path(named).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastmim"
+    except RuntimeError:  # HOME is not set, and nobody is registered by the number of this user
+        raise FileNotFoundError(errno.ENOENT, "there is no home folder, nor $FASTMIM_CACHE") from None
 
 
 def index_file(path: Path) -> Path:
@@ -172,14 +176,16 @@ def save(path: Path, index: Index, read_ns: int) -> bool:
         "classes": index.classes,
         "left_out": index.left_out.as_json(),
     }
-    file = index_file(path)
+    place = "the cache folder"
     try:
+        file = index_file(path)
+        place = str(file.parent)
         file.parent.mkdir(parents=True, exist_ok=True)
         remove_remains(file.parent, older_s=STALE_S)
         write_whole(file, pack(header, arrays))
     except OSError as error:
         warnings.warn(
-            f"cannot keep the index of {path} in {file.parent}: {error.strerror}; it is made again at every"
+            f"cannot keep the index of {path} in {place}: {error.strerror}; it is made again at every"
             " start. Set FASTMIM_CACHE to a folder that can be written",
             stacklevel=2,
         )
