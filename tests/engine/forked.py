@@ -1,17 +1,20 @@
 """Forked processes for the tests of ranks and checkpoints: no import of torch to wait for, a real SIGKILL.
 
-Process groups are made in children of a fresh process (`scenarios`), never of pytest's, which may be in one.
+Process groups are made in children of a fresh process (`run_script`), never of pytest's, which may be in one.
 """
 
+import multiprocessing
 import os
 import pickle
+import runpy
 import signal
-import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import cache
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -90,20 +93,38 @@ def on_ranks(world: int, fn: Callable[[Ranks], Any]) -> list[Any]:
     return [child.result() for child in start_ranks(world, fn)]
 
 
+@cache
+def imported() -> ForkServerContext:
+    """Starts processes as forks of one that has imported the engine and DeepSpeed, and done no more."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fastmim.engine.pretrain"])
+    return context
+
+
+def run_script(script: Path, *arguments: str) -> None:
+    """As `python script arguments` does, in a fork; raises with what it printed if it fails."""
+    with tempfile.NamedTemporaryFile("r", prefix="said-") as said:
+        child = imported().Process(target=be_script, args=(script, arguments, said.name))
+        child.start()
+        child.join(2 * HANGING_S)
+        child.kill()
+        child.join()
+        assert child.exitcode == 0, f"{script.name} ended with status {child.exitcode}: {said.read()[-6000:]}"
+
+
+def be_script(script: Path, arguments: Sequence[str], said: str) -> None:
+    with open(said, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = [str(script), *arguments]
+    runpy.run_path(str(script), run_name="__main__")
+
+
 def scenarios(script: Path, *names: str) -> dict[str, Any]:
     """What `main` of the script gathered in a process of its own: of these functions, or of all."""
-    root = Path(__file__).resolve().parents[2]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "results"
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
-        run = subprocess.run(
-            [sys.executable, str(script), str(out), *names],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=2 * HANGING_S,
-        )
-        assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+        run_script(script, str(out), *names)
         return pickle.loads(out.read_bytes())
 
 

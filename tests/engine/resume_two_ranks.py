@@ -1,21 +1,21 @@
-"""What test_resume starts on two ranks in one launch: every ZeRO stage unstopped and resumed, a failed save.
+"""What test_resume starts on two ranks: every ZeRO stage unstopped and resumed, a failed save.
 
-deepspeed --num_gpus 2 tests/engine/resume_two_ranks.py IMAGES FOLDER
+python tests/engine/resume_two_ranks.py IMAGES FOLDER
 """
 
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import time
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
 from fastmim.engine.checkpoint import CheckpointError
 from fastmim.engine.pretrain import prepare, train
+from fastmim.engine.ranks import Ranks
 from tests.engine.conftest import tiny_run
+from tests.engine.forked import on_ranks
 from tests.engine.test_resume import STAGES, train_and_resume
 
 
@@ -35,8 +35,12 @@ def rank_1_cannot_write(images: Path, folder: Path) -> None:
     assert not list(folder.glob("checkpoints/step-*"))
 
 
-if __name__ == "__main__":
-    images, folder = (Path(a) for a in sys.argv[-2:])
+def everything(images: Path, folder: Path, _: Ranks) -> None:
     for zero in STAGES:
         train_and_resume(images, folder / f"zero{zero}", zero=zero, total=25, stop=5)
     rank_1_cannot_write(images, folder / "refused")
+
+
+if __name__ == "__main__":
+    answers = on_ranks(2, partial(everything, *(Path(a) for a in sys.argv[-2:])))
+    assert answers == [None, None], answers

@@ -25,12 +25,17 @@ def interrupt(command: list[str], run_dir: Path, *, steps: int) -> tuple[int, st
         start_new_session=True,
     )  # fmt: skip
     rows, deadline = run_dir / "metrics.jsonl", time.monotonic() + 120
-    while not (rows.exists() and rows.read_text().count("\n") >= steps):
-        assert time.monotonic() < deadline and child.poll() is None
-        time.sleep(0.02)
-    start = time.monotonic()
-    os.killpg(child.pid, signal.SIGINT)  # as a terminal does it
-    _, said = child.communicate(timeout=60)
+    try:
+        while not (rows.exists() and rows.read_text().count("\n") >= steps):
+            assert time.monotonic() < deadline and child.poll() is None
+            time.sleep(0.02)
+        start = time.monotonic()
+        os.killpg(child.pid, signal.SIGINT)  # as a terminal does it
+        _, said = child.communicate(timeout=60)
+    finally:
+        if child.poll() is None:  # it has a hundred thousand steps to go
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
     return child.returncode, said, time.monotonic() - start
 
 

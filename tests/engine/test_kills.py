@@ -1,7 +1,6 @@
 """kill -9 at random moments of a run that saves every step; it ends as if nothing had happened."""
 
 import json
-import multiprocessing
 import random
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 from fastmim.engine.checkpoint import Checkpoints
 from fastmim.engine.ranks import Ranks
 from tests.engine.conftest import tiny_run
+from tests.engine.forked import imported
 
 
 def run_it(images: Path, run_dir: Path, steps: int, save_every: int) -> None:
@@ -30,13 +30,11 @@ def newest(run_dir: Path) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize(("kills", "steps"), [(6, 60), pytest.param(20, 150, marks=pytest.mark.long)])
 def test_kills_during_saves(kills, steps, images, tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fastmim.engine.pretrain"])  # imports DeepSpeed once
     moments = random.Random(0)
     killed, during_save = tmp_path / "killed", 0
     for _ in range(kills):
         before = newest(killed)
-        child = context.Process(target=run_it, args=(images, killed, steps, 1))
+        child = imported().Process(target=run_it, args=(images, killed, steps, 1))
         child.start()
         deadline = time.monotonic() + 60
         while newest(killed) <= before and time.monotonic() < deadline:  # it has got somewhere

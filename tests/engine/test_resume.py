@@ -18,6 +18,7 @@ from fastmim.engine.checkpoint import CheckpointError
 from fastmim.engine.config import Run
 from fastmim.engine.pretrain import prepare, train
 from tests.engine.conftest import tiny_run
+from tests.engine.forked import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = (0, 1, 2, 3)
@@ -66,7 +67,7 @@ def test_one_rank(images, tmp_path, zero):
 
 @pytest.mark.slow
 def test_two_ranks_and_the_same_losses_on_one(images, tmp_path):
-    launch("--num_gpus", "2", str(ROOT / "tests/engine/resume_two_ranks.py"), str(images), str(tmp_path))
+    run_script(Path(__file__).with_name("resume_two_ranks.py"), str(images), str(tmp_path))
     for zero in STAGES:
         assert_same(tmp_path / f"zero{zero}", 25, 5)
     train(prepare(tiny_run(images, tmp_path / "one", steps=25, save_every=100)))

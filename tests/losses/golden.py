@@ -1,4 +1,4 @@
-"""Ten losses of a method, the same on every x86-64 machine: `python tests/losses/golden.py METHOD [--write]`.
+"""Ten losses of each method, the same on every x86-64 machine: `tests/losses/golden.py METHOD... [--write]`.
 
 Exact numbers depend on the order of sums, which libraries choose by processor and by threads. Here both are
 fixed: one thread, and the code paths that every x86-64 processor has. `--write` records the result as
@@ -72,13 +72,13 @@ def losses(method_name: str) -> list[float]:
 
 
 def main() -> None:
-    name = sys.argv[1]
     if any(os.environ.get(k) != v for k, v in PORTABLE.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | PORTABLE)
-    text = "".join(f"{step} {loss!r}\n" for step, loss in enumerate(losses(name), start=1))
-    if "--write" in sys.argv[2:]:
-        Path(__file__).with_name(f"{name}_cpu.txt").write_text(text)
-    print(text, end="")
+    for name in (argument for argument in sys.argv[1:] if argument != "--write"):
+        text = "".join(f"{step} {loss!r}\n" for step, loss in enumerate(losses(name), start=1))
+        if "--write" in sys.argv:
+            Path(__file__).with_name(f"{name}_cpu.txt").write_text(text)
+        print(name, text, sep="\n", flush=True)
 
 
 if __name__ == "__main__":
