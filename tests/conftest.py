@@ -15,6 +15,44 @@ if not torch.cuda.is_available():
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+# What takes longest, in seconds of one core: a worker that took one of these last would work on alone.
+LONGEST_FIRST = (
+    "tests/ops/test_compile_ahead.py",
+    "tests/benchmarks/test_gpu_round.py",
+    "tests/benchmarks/test_throughput.py",
+    "tests/ops/test_attention_tile.py",
+    "tests/ops/test_fuzz.py",
+    "tests/ops/test_add_layer_norm.py",
+    "tests/engine/test_teacher.py",
+    "tests/ops/test_machine_code.py",
+    "tests/ops/test_info_nce.py",
+    "tests/ops/patch/test_instance.py",
+    "tests/engine/test_kills.py",
+    "tests/engine/test_siamese_methods.py",
+    "tests/data/test_data_commands.py",
+    "tests/data/test_pack.py",
+    "tests/data/test_leaks.py",
+    "tests/data/test_everywhere.py",
+    "tests/engine/test_resume.py",
+    "tests/engine/test_interrupt.py",
+    "tests/benchmarks/test_peers.py",
+    "tests/benchmarks/test_harness.py",
+    "tests/data/test_bad_samples.py",
+    "tests/methods/test_cmae.py",
+    "tests/ops/test_native.py",
+    "tests/test_arguments.py",
+    "tests/test_mutants.py",
+)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items) -> None:
+    """For the workers of `--dist loadfile`, which take file by file; one process keeps to the alphabet."""
+    if hasattr(config, "workerinput"):
+        place = {path: i for i, path in enumerate(LONGEST_FIRST)}
+        items.sort(key=lambda item: place.get(item.location[0], len(place)))
+
+
 @pytest.fixture
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from fastmim_kernels.inductor import needs_brief_log
 
+from tests.conftest import LONGEST_FIRST
+
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 
@@ -96,3 +98,8 @@ def test_help_imports_no_engine():
     loaded = set(run.stdout.split("LOADED")[1].split())
     assert loaded & {"deepspeed", "nvidia", "matplotlib"} == set()
     assert "--method.mask-ratio" in run.stdout
+
+
+def test_files_that_are_run_first_are_there():
+    assert [path for path in LONGEST_FIRST if not (ROOT / path).is_file()] == []
+    assert len(set(LONGEST_FIRST)) == len(LONGEST_FIRST)
