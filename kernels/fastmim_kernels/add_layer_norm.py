@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fastmim_kernels.norm_pix_loss import FLOATS, MAX_D, row_tile
 
+SHARES = 1024  # programs of the backward, from which on each sums more rows than it holds at once
 SHARE = 64  # rows summed by one program of the backward, at most; their order depends on B * T alone
 
 
@@ -200,7 +201,7 @@ def launch_backward(
     B, T, D = total.shape
     block = triton.next_power_of_2(D)
     rows = max(1, 1024 // block)  # half of the forward's: the sums live in registers
-    share = max(rows, min(SHARE, triton.next_power_of_2(triton.cdiv(B * T, 1024))))
+    share = max(rows, min(SHARE, triton.next_power_of_2(triton.cdiv(B * T, SHARES))))
     shares = triton.cdiv(B * T, share)
 
     def new(need: bool, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -57,8 +57,10 @@ EVERY_HEAD = HEADS | {
     for d in (16, 24, 32, 40, 56, 64, 80, 112, 128)
     for length in (5, 30, 64, 80, 128, 180, 197, 256)
 }
-# all of these are minutes of compilation: `make compile-ahead`; each run of the tests takes what ViT-B takes
+# all of these are minutes of compilation: `make compile-ahead`; each run of the tests takes what ViT-B takes,
+# and of patches each size once and each width of an element
 ALL = os.environ.get("FASTMIM_COMPILE_ALL") == "1"
+ONCE = {"B/16": (BF16,), "H/14": (BF16,), "Ti/4": (FP32,)}
 BLOCKS = WIDTHS if ALL else {"width 768": (768, 50, (BF16,))}
 CONTRAST = FEATURES if ALL else {256: (BF16,)}
 MASKS = GRIDS if ALL else (14,)
@@ -148,7 +150,7 @@ def cases() -> Iterator[tuple]:
         yield f"{model} split", split.launch, new(IMAGES, dtype=int64), N, K, 0
         seen, scored = new(IMAGES, K, dtype=int64), new(IMAGES, L, dtype=int64)
         source, bytes_ = new(IMAGES, N + 1, dtype=int64), new(IMAGES, side, side, 3, dtype=torch.uint8)
-        for dtype in dtypes:
+        for dtype in dtypes if ALL else ONCE[model]:
             name = f"{model} {str(dtype).removeprefix('torch.')}"
             channels_first = new(IMAGES, 3, side, side, dtype=dtype).permute(0, 2, 3, 1)
             drows, pred = new(IMAGES, K, P, dtype=dtype), new(IMAGES, L, P, dtype=dtype)
