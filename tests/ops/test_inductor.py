@@ -1,33 +1,8 @@
-"""torch.compile of many custom ops in a row and of constants, on every torch that the project allows."""
+"""What Inductor logs of a custom op before torch 2.13, and constants. test_compile.py of methods compiles."""
 
-import pytest
 import torch
-from fastmim_kernels import add_layer_norm, bias_gelu
 from fastmim_kernels.inductor import brief, needs_brief_log
 from fastmim_kernels.tracing import constant_in_graphs
-
-DEPTH = (
-    24  # two norms in each of twelve blocks; before torch 2.13 it took minutes, and ended in a RecursionError
-)
-
-
-def chain(x, weight, bias):
-    residual = x
-    for _ in range(DEPTH):
-        x, residual = add_layer_norm(x, residual, weight, bias)
-    return bias_gelu(x, bias) + residual
-
-
-@pytest.mark.slow
-def test_a_chain_as_deep_as_a_vit_is_compiled(device):
-    x = torch.randn(2, 3, 16, device=device, requires_grad=True)
-    weight, bias = torch.randn(2, 16, device=device).unbind()
-    expected = chain(x, weight, bias)
-    torch._dynamo.reset()
-    compiled = torch.compile(chain, fullgraph=True, dynamic=False)(x, weight, bias)
-    torch.testing.assert_close(compiled, expected)
-    grads = [torch.autograd.grad(out.square().sum(), x)[0] for out in (expected, compiled)]
-    torch.testing.assert_close(*grads)
 
 
 class Node:
