@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmim_kernels.norm_pix_loss import FLOATS, MAX_D, row_tile
+from fastmim_kernels.once import differentiable_once
 
 SHARES = 1024  # programs of the backward, from which on each sums more rows than it holds at once
 SHARE = 64  # rows summed by one program of the backward, at most; their order depends on B * T alone
@@ -341,6 +342,7 @@ def _backward(ctx, dnormed: Tensor | None, dsum: Tensor | None, *_):
 
 
 _op.register_autograd(_backward, setup_context=_save)
+differentiable_once(_op_backward)
 
 
 # --- public function -------------------------------------------------------------------------------

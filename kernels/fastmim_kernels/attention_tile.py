@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastmim_kernels.attention_triton import launch_backward, launch_forward, runs
+from fastmim_kernels.once import differentiable_once
 
 MAX_TOKENS = 256
 WIDTHS = (*range(16, 64, 8), *range(64, 129, 16))  # others take more registers than sm_80 has
@@ -144,6 +145,7 @@ def _backward(ctx, dout: Tensor | None, _dlse: None):
 
 
 _op.register_autograd(_backward, setup_context=_save)
+differentiable_once(_op_backward)
 
 
 # --- for attention.py ------------------------------------------------------------------------------

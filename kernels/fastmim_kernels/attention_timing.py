@@ -10,7 +10,9 @@ Where sdpa alone can serve nothing is tried here, and its own error reaches the 
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import median
@@ -64,6 +66,17 @@ class Choice:
 
 
 _CHOICES: dict[Call, Choice] = {}
+_UNTIMED: ContextVar[bool] = ContextVar("untimed", default=False)
+
+
+@contextmanager
+def untimed() -> Iterator[None]:
+    """Within, what is not chosen yet is served by sdpa and not remembered."""
+    token = _UNTIMED.set(True)
+    try:
+        yield
+    finally:
+        _UNTIMED.reset(token)
 
 
 def attention_choices() -> list[dict[str, Any]]:
@@ -202,6 +215,8 @@ def fastest(
     """The backend for such calls, measured at the first of them."""
     choice = _CHOICES.get(call)
     if choice is None:
+        if _UNTIMED.get():
+            return "sdpa"
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return "sdpa"
         choice = measure(call, dtype, device, backends, obstacles, timer, reference)

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastmim_kernels.once import differentiable_once
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SHARE = 64  # rows summed by one program of the backward, at most; their order depends on M and D alone
 
@@ -162,6 +164,7 @@ def _backward(ctx, dout: Tensor | None):
 
 
 _op.register_autograd(_backward, setup_context=_save)
+differentiable_once(_op_backward)
 
 
 # --- public function -------------------------------------------------------------------------------

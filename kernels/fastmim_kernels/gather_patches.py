@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fastmim_kernels import native
 from fastmim_kernels.debug import debugging
+from fastmim_kernels.once import differentiable_once
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 TILE = 4096  # values per program: 8 kB of bf16 rows
@@ -246,6 +247,7 @@ def _backward(ctx, dout: Tensor | None):
 
 
 _op.register_autograd(_backward, setup_context=_save)
+differentiable_once(_op_backward)
 
 
 # --- public function -------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from torch import Tensor
 from fastmim_kernels import native
 from fastmim_kernels.debug import debugging
 from fastmim_kernels.info_nce_triton import EPS, launch_backward_keys, launch_forward
+from fastmim_kernels.once import differentiable_once
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MAX_D = 1024
@@ -242,6 +243,7 @@ def _backward(ctx, dloss: Tensor | None, *_):
 
 
 _op.register_autograd(_backward, setup_context=_save)
+differentiable_once(_op_backward)
 
 
 # --- public function -------------------------------------------------------------------------------

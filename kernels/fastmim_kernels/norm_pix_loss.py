@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmim_kernels import native
+from fastmim_kernels.once import differentiable_once
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MAX_D = 8192
@@ -269,6 +270,7 @@ def _backward(ctx, dloss: Tensor | None):
 
 
 _op.register_autograd(_backward, setup_context=_save)
+differentiable_once(_op_backward)
 
 
 # --- public function -------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ from fastmim_kernels.norm_pix_loss import (
     slope,
     slope_reference,
 )
+from fastmim_kernels.once import differentiable_once
 
 # --- reference: the definition, and the oracle of the tests -------------------------------------
 
@@ -263,6 +264,7 @@ def _backward(ctx, dloss: Tensor | None):
 
 
 _op.register_autograd(_backward, setup_context=_save)
+differentiable_once(_op_backward)
 
 
 # --- public function -------------------------------------------------------------------------------

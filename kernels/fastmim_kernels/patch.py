@@ -18,13 +18,15 @@ from dataclasses import dataclass
 from torch import nn
 
 from fastmim_kernels.patch_mae import find_mae_layout
+from fastmim_kernels.patch_parts import find_mlp
 from fastmim_kernels.patch_swap import Finding, Swapped, base_of, home, swap
 from fastmim_kernels.patch_timm import find_timm
 from fastmim_kernels.patch_transformers import find_transformers
+from fastmim_kernels.patch_trial import tried, weightless
 
 LOOKED_FOR = (
-    "blocks, MLPs and attention of timm.models.vision_transformer; layers, embeddings, decoder and loss of "
-    "transformers' ViT, ViTMAE, Dinov2 and BEiT (5.23); classes laid out as facebookresearch/mae"
+    "blocks, MLPs and attention with the parts of timm's VisionTransformer; layers of transformers' ViT, "
+    "Dinov2 and BEiT, all of its ViTMAE (5.23); classes laid out as facebookresearch/mae"
 )
 LIKELY = re.compile(r"(Block|Layer|Attention|Mlp|MLP|Intermediate)$")  # a person would expect an op there
 
@@ -97,15 +99,21 @@ def revert(model: nn.Module) -> None:
 
 def _find(model: nn.Module) -> Iterator[Finding]:
     parents = Counter(id(child) for module in model.modules() for child in module.children())
+    known: dict = {}  # verdicts of the trials
     for name, module in model.named_modules():
-        finding = find_timm(name, module, parents) or find_transformers(name, module, parents)
+        named = LIKELY.search(type(module).__name__) is not None
+        finding = find_transformers(name, module) or find_timm(name, module)
+        finding = finding or find_mlp(name, module, parents, named)
         if finding is not None:
-            yield finding
+            missing = weightless(module)
+            yield tried(finding, known) if missing is None else finding.left(missing)
             continue
         yield from (layout := find_mae_layout(name, module))
         foreign = home(module).__module__.partition(".")[0] not in ("timm", "transformers")
-        if not layout and not foreign and LIKELY.search(type(module).__name__):
-            yield Finding(name, type(module).__name__, "", obstacle="not one of the classes that are known")
+        if not layout and not foreign and named:
+            yield Finding(
+                name, type(module).__name__, "", obstacle="its parts are not those of a layer that is known"
+            )
 
 
 def _rows(findings: Iterator[Finding]) -> tuple[Row, ...]:

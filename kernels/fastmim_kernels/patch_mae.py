@@ -16,7 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from fastmim_kernels.patch_masking import masked, pixel_loss, restored
-from fastmim_kernels.patch_swap import FLOATS, Finding, Swapped, arguments, hooked, strange_dtype
+from fastmim_kernels.patch_swap import (
+    FLOATS,
+    Finding,
+    Swapped,
+    arguments,
+    demand_plain,
+    hooked,
+    strange_dtype,
+)
+from fastmim_kernels.patch_trial import rehearsal
 
 PARTS = (
     "patch_embed", "cls_token", "pos_embed", "blocks", "norm", "decoder_embed", "mask_token",
@@ -27,6 +36,7 @@ RATIO, AGREE = 0.75, {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 
 
 class FusedEncoder(Swapped):
     def forward_encoder(self, x: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
+        demand_plain(x)
         tokens = self.patch_embed(x)
         noise = torch.rand(tokens.shape[:2], device=tokens.device)
         z, mask, restore = masked(tokens, self.pos_embed, self.cls_token, noise, mask_ratio)
@@ -37,6 +47,7 @@ class FusedEncoder(Swapped):
 
 class FusedDecoder(Swapped):
     def forward_decoder(self, x: Tensor, ids_restore: Tensor) -> Tensor:
+        demand_plain(x)
         y = restored(self.decoder_embed(x), ids_restore, self.mask_token, self.decoder_pos_embed)
         for block in self.decoder_blocks:
             y = block(y)
@@ -45,6 +56,7 @@ class FusedDecoder(Swapped):
 
 class FusedLoss(Swapped):
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+        demand_plain(imgs)
         if imgs.requires_grad:
             return super().forward_loss(imgs, pred, mask)
         return pixel_loss(imgs, pred, mask, self.patch_embed.patch_size[0], self.norm_pix_loss)
@@ -88,23 +100,23 @@ def unfit(module: Any) -> str | None:
     return strange_dtype(module)
 
 
-@torch.no_grad()
 def trial(module: Any) -> dict[str, str]:
     """Of each method that does not do what its patch would do: what differs. Leaves no trace."""
     weight, training = module.patch_embed.proj.weight, [m for m in module.modules() if m.training]
-    devices = [weight.device] if weight.device.type == "cuda" else []
     module.eval()
     try:
-        with torch.random.fork_rng(devices), torch.autocast(weight.device.type, enabled=False):
-            torch.manual_seed(0)
+        with rehearsal(weight.device) as seed, torch.no_grad():
+            seed(0)
             size = 2, weight.shape[1], *module.patch_embed.img_size
             images = torch.rand(size, device=weight.device).to(weight.dtype)
             found: dict[str, str] = {}
-            z, mask, restore = _compare(module, "forward_encoder", (images, RATIO), found) or (None,) * 3
+            z, mask, restore = (
+                _compare(module, "forward_encoder", (images, RATIO), found, seed) or (None,) * 3
+            )
             if z is not None:
-                pred = _compare(module, "forward_decoder", (z, restore), found)
+                pred = _compare(module, "forward_decoder", (z, restore), found, seed)
                 if pred is not None:
-                    _compare(module, "forward_loss", (images, pred, mask), found)
+                    _compare(module, "forward_loss", (images, pred, mask), found, seed)
             for method in METHODS:
                 if z is None or (method == "forward_loss" and pred is None):
                     found.setdefault(method, "what comes before it could not be run")
@@ -114,17 +126,17 @@ def trial(module: Any) -> dict[str, str]:
             m.training = True
 
 
-def _compare(module: Any, method: str, given: tuple, found: dict[str, str]) -> Any:
+def _compare(module: Any, method: str, given: tuple, found: dict[str, str], seed: Callable) -> Any:
     """What its own method returns; a note in `found` where the patched one returns something else."""
     own: Callable = getattr(module, method)
     try:
-        torch.manual_seed(1)
+        seed(1)
         expected = own(*given)
     except Exception as error:  # anything may be wrong with a method that is not what its name says
         found[method] = f"its own code does not run on two images: {error}"
         return None
     try:
-        torch.manual_seed(1)
+        seed(1)
         actual = getattr(METHODS[method][0], method)(module, *given)
         pairs = zip(*((out,) if isinstance(out, Tensor) else out for out in (actual, expected)), strict=True)
         agree = all(_agree(a, e) for a, e in pairs)

@@ -13,6 +13,7 @@ Limits  exact GELU, fc1 with bias; LayerNorm over the last dim, with weight and 
 """
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +23,16 @@ from torch import Tensor, nn
 from fastmim_kernels.add_layer_norm import add_layer_norm
 from fastmim_kernels.bias_gelu import bias_gelu
 from fastmim_kernels.norm_pix_loss import MAX_D
-from fastmim_kernels.patch_swap import Finding, Swapped, demand_float, hooked, is_a, strange_dtype
+from fastmim_kernels.patch_swap import (
+    Finding,
+    Swapped,
+    demand_float,
+    demand_plain,
+    hooked,
+    is_a,
+    strange_dtype,
+)
+from fastmim_kernels.patch_trial import Calls, tokens
 
 # What reads the normed tokens with linear layers only, which round them under autocast anyway
 LINEAR_READERS = (
@@ -47,6 +57,7 @@ class LinearGelu(Swapped):
     """A linear layer and the exact GELU behind it."""
 
     def forward(self, x: Tensor) -> Tensor:
+        demand_plain(x)
         product = F.linear(x, self.weight)
         demand_float(product)
         return bias_gelu(product.contiguous(), self.bias)
@@ -63,6 +74,7 @@ class FusedMlp(Swapped):
     """Its forward is unchanged; it looks after the two parts that only make sense together."""
 
     def forward(self, *args, **kwargs):
+        demand_plain(*args)
         first, act = (getattr(self, name) for name in mlp_parts(self))
         if not (isinstance(first, LinearGelu) and isinstance(act, PassedOn)):
             raise exchanged(act if isinstance(first, LinearGelu) else first)
@@ -71,7 +83,10 @@ class FusedMlp(Swapped):
 
 def mlp_parts(mlp: object) -> tuple[str, str]:
     """Names of its first linear layer and of the activation behind it."""
-    pairs = ("fc1", "act"), ("fc1", "activation_fn"), ("fc1", "activation"), ("dense", "intermediate_act_fn")
+    pairs = (
+        ("fc1", "act"), ("fc1", "activation_fn"), ("fc1", "activation"), ("dense", "intermediate_act_fn"),
+        ("dense1", "intermediate_act_fn"), ("up_proj", "act_fn"),
+    )  # fmt: skip
     return next((pair for pair in pairs if all(hasattr(mlp, name) for name in pair)), pairs[0])
 
 
@@ -83,13 +98,17 @@ def exact_gelu(act: Any) -> bool:
     return is_a(act, "timm", "GELU")
 
 
-def find_mlp(name: str, mlp: Any, parents: Counter[int]) -> Finding:
-    """`parents` counts the modules that hold each module, by id."""
+def find_mlp(name: str, mlp: Any, parents: Counter[int], named: bool) -> Finding | None:
+    """`parents` counts the modules that hold each module, by id; `named`: its class is called as MLPs are."""
     first: Any
     act: Any
     first, act = (getattr(mlp, part, None) for part in mlp_parts(mlp))
-    if not is_a(first, "torch.nn.modules.linear", "Linear"):
-        obstacle: str | None = f"its first layer is a {type(first).__name__} whose forward is not Linear's"
+    if act is None or not (hasattr(first, "in_features") or (named and isinstance(first, nn.Module))):
+        return None
+    if "forward" in vars(mlp):
+        obstacle: str | None = "its forward is not that of its class"
+    elif not is_a(first, "torch.nn.modules.linear", "Linear"):
+        obstacle = f"its first layer is a {type(first).__name__} whose forward is not Linear's"
     elif first.bias is None:
         obstacle = "its first layer has no bias"
     elif not exact_gelu(act):
@@ -100,8 +119,10 @@ def find_mlp(name: str, mlp: Any, parents: Counter[int]) -> Finding:
         obstacle = "its first layer or activation serves another module too"
     else:
         obstacle = strange_dtype(first)
-    swaps = ((mlp, FusedMlp), (first, LinearGelu), (act, PassedOn)) if obstacle is None else ()
-    return Finding(name, type(mlp).__name__, "bias_gelu", swaps, obstacle)
+    if obstacle is not None:
+        return Finding(name, type(mlp).__name__, "bias_gelu", obstacle=obstacle)
+    swaps = (mlp, FusedMlp), (first, LinearGelu), (act, PassedOn)
+    return Finding(name, type(mlp).__name__, "bias_gelu", swaps, calls=tokens(first.in_features))
 
 
 # --- residual + LayerNorm ----------------------------------------------------------------------------
@@ -119,15 +140,19 @@ class AddNorm(Swapped):
     ) -> Tensor | tuple[Tensor, Tensor]:
         if residual is None:
             return super().forward(x)
+        demand_plain(x)
         dtype = torch.promote_types(branch_dtype(x, scale), residual.dtype)
         device = x.device.type
         if not (torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == x.dtype):
             x = x.to(dtype)
-        residual = residual.to(dtype)
+        residual, shape = residual.to(dtype), x.shape
         demand_float(residual)
+        if x.ndim > 3:  # an image of tokens
+            x, residual = x.flatten(1, -2), residual.flatten(1, -2)
         if residual.stride(-1) != 1:  # a convolution's tokens with their positions, without a class token
             residual = residual.contiguous()
-        return add_layer_norm(x, residual, self.weight, self.bias, eps=self.eps, scale=scale, keep=keep)
+        out = add_layer_norm(x, residual, self.weight, self.bias, eps=self.eps, scale=scale, keep=keep)
+        return out if len(shape) <= 3 else (out[0].view(shape), out[1].view(shape))
 
 
 def branch_dtype(x: Tensor, scale: Tensor | None) -> torch.dtype:
@@ -171,9 +196,25 @@ def factor_obstacle(scale: object, drop_path: object) -> str | None:
     return None
 
 
+def reads_linearly(mlp: object) -> bool:
+    """Whether nothing but linear layers reads what it is given: by its class, or by its parts."""
+    if is_a(mlp, "timm", *LINEAR_READERS) or is_a(mlp, "transformers.models", *LINEAR_READERS):
+        return True
+    parts = {name for name, _ in mlp.named_children()} if isinstance(mlp, nn.Module) else set()
+    return {"fc1", "act", "fc2"} <= parts <= {"fc1", "act", "drop", "drop1", "norm", "fc2", "drop2"}
+
+
 def find_block(
-    name: str, block: nn.Module, mixin: type, norm: Any, mlp: object, scale: object, drop_path: object
+    name: str,
+    block: nn.Module,
+    mixin: type,
+    norm: Any,
+    mlp: object,
+    scale: object,
+    drop_path: object,
+    calls: Callable[[int], Calls],
 ) -> Finding:
+    """`calls` makes of the width what the block is tried with."""
     if not (is_a(norm, "torch.nn.modules.normalization", "LayerNorm") or is_a(norm, "timm", "LayerNorm")):
         obstacle: str | None = f"its second norm is a {type(norm).__name__} whose forward is not LayerNorm's"
     elif getattr(norm, "_fast_norm", False):
@@ -182,7 +223,7 @@ def find_block(
         obstacle = "its second norm has no weight or no bias"
     elif len(norm.normalized_shape) != 1 or norm.normalized_shape[0] > MAX_D:
         obstacle = f"want one dim of at most {MAX_D} normalised, got {norm.normalized_shape}"
-    elif not (is_a(mlp, "timm", *LINEAR_READERS) or is_a(mlp, "transformers.models", *LINEAR_READERS)):
+    elif not reads_linearly(mlp):
         obstacle = f"its {type(mlp).__name__} may read more of the normed tokens than a linear layer does"
     elif (strange := factor_obstacle(scale, drop_path)) is not None:
         obstacle = strange
@@ -190,5 +231,8 @@ def find_block(
         obstacle = "hooks on its second norm, LayerScale or drop path would see other values"
     else:
         obstacle = strange_dtype(norm, *(m for m in (scale,) if isinstance(m, nn.Module)))
-    swaps = ((block, mixin), (norm, AddNorm)) if obstacle is None else ()
-    return Finding(name, type(block).__name__, "add_layer_norm", swaps, obstacle)
+    what = type(block).__name__
+    if obstacle is not None:
+        return Finding(name, what, "add_layer_norm", obstacle=obstacle)
+    swaps, width = ((block, mixin), (norm, AddNorm)), norm.normalized_shape[0]
+    return Finding(name, what, "add_layer_norm", swaps, calls=calls(width))

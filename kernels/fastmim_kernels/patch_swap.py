@@ -9,14 +9,17 @@ base does around forward. FSDP2 and torch's parametrizations exchange classes li
 """
 
 import inspect
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
+REVERT_FIRST = "{} a model that is patched: fastmim_kernels.revert(model) first"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -34,6 +37,9 @@ class Swapped(Whatever):
         swapped = vars(type(self)).get("swapped_from")
         # a class made of ours since (FSDP2) pickles as it likes; one made by `type` has no name to pickle by
         return reduced if swapped is None else (_new, swapped, *reduced[2:])
+
+    def __prepare_scriptable__(self):  # torch.jit.script asks for it before all else
+        raise ValueError(REVERT_FIRST.format("torch.jit.script cannot read"))
 
 
 @cache
@@ -73,6 +79,10 @@ class Finding:
     op: str
     swaps: tuple[tuple[nn.Module, type], ...] = ()
     obstacle: str | None = None
+    calls: Callable | None = None  # what it is to be tried with (patch_trial.py): the first of swaps
+
+    def left(self, why: str) -> "Finding":
+        return replace(self, swaps=(), obstacle=why)
 
 
 def home(module: nn.Module) -> type:
@@ -109,3 +119,15 @@ def demand_float(x: Tensor) -> None:
     """ValueError for what no op takes, such as a model that became fp64 since it was patched."""
     if x.dtype not in FLOATS:
         raise ValueError(f"want fp32, bf16 or fp16, got {x.dtype}: fastmim_kernels.revert(model) first")
+
+
+def demand_plain(*given: object) -> None:
+    """ValueError for what passes through no op: torch.fx, the transforms of torch.func, forward mode."""
+    if torch.compiler.is_compiling():  # and exporting
+        return
+    if any(isinstance(x, torch.fx.Proxy) for x in given):
+        raise ValueError(REVERT_FIRST.format("torch.fx cannot trace"))
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise ValueError(REVERT_FIRST.format("torch.func (grad, vmap, vjp, jvp) cannot transform"))
+    if forward_ad._current_level >= 0:
+        raise ValueError(REVERT_FIRST.format("forward-mode differentiation cannot pass through"))

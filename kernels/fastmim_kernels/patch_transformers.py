@@ -8,15 +8,15 @@ Limits  attention is left: `config._attn_implementation` already chooses it, and
 """
 
 import sys
-from collections import Counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastmim_kernels.patch_masking import masked, pixel_loss, restored
-from fastmim_kernels.patch_parts import add_norm, find_block, find_mlp
-from fastmim_kernels.patch_swap import Finding, Swapped, arguments, home, is_a, strange_dtype
+from fastmim_kernels.patch_parts import add_norm, find_block
+from fastmim_kernels.patch_swap import Finding, Swapped, arguments, demand_plain, home, is_a, strange_dtype
+from fastmim_kernels.patch_trial import TOKENS, Call, Calls, Randn, tokens
 
 MODELS = tuple(f"transformers.models.{name}" for name in ("vit", "vit_mae", "dinov2", "beit"))
 
@@ -25,11 +25,16 @@ def theirs(module: nn.Module, *names: str) -> bool:
     return any(is_a(module, package, *names) for package in MODELS)
 
 
+def of_transformers(module: nn.Module) -> bool:
+    return home(module).__module__.startswith("transformers.models.") and "forward" not in vars(module)
+
+
 # --- layers ------------------------------------------------------------------------------------------
 
 
 class FusedViTLayer(Swapped):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
+        demand_plain(hidden_states)
         branch, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
         normed, total = add_norm(self.layernorm_after, self.dropout(branch), hidden_states)
         return self.dropout(self.mlp(normed)) + total
@@ -37,6 +42,7 @@ class FusedViTLayer(Swapped):
 
 class FusedDinov2Layer(Swapped):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
+        demand_plain(hidden_states)
         branch, _ = self.attention(self.norm1(hidden_states), attention_mask=attention_mask, **kwargs)
         normed, total = add_norm(self.norm2, branch, hidden_states, self.layer_scale1, self.drop_path)
         return self.drop_path(self.layer_scale2(self.mlp(normed))) + total
@@ -51,6 +57,7 @@ class FusedBeitLayer(Swapped):
         resolution: Any = None,
         **kwargs,
     ) -> Tensor:
+        demand_plain(hidden_states)
         if self.relative_position_bias is not None:
             window = tuple(side // self.patch_size for side in resolution)
             bias = self.relative_position_bias(
@@ -87,15 +94,34 @@ LAYERS: dict[str, tuple[type, set[str], tuple[str, ...]]] = {  # mixin, children
 LAYERS["ViTMAELayer"] = LAYERS["ViTLayer"]
 
 
-def find_layer(name: str, layer: Any) -> Finding:
-    mixin, children, takes = LAYERS[home(layer).__name__]
-    has = {child for child, _ in layer.named_children()} - {"relative_position_bias"}
-    if has != children or arguments(layer) != takes:
+def find_layer(name: str, layer: Any) -> Finding | None:
+    """A layer of one of the three layouts, in whatever model; None where another model's is of another."""
+    has, takes = {child for child, _ in layer.named_children()} - {"relative_position_bias"}, arguments(layer)
+    fitting = [row for row in LAYERS.values() if (has, takes) == row[1:]]
+    if not fitting:
         what = "a layer of another version of transformers"
-        return Finding(name, type(layer).__name__, "add_layer_norm", obstacle=what)
+        known = theirs(layer, *LAYERS)
+        return Finding(name, type(layer).__name__, "add_layer_norm", obstacle=what) if known else None
     norm = getattr(layer, "norm2", None) or layer.layernorm_after
     scale, drop_path = (getattr(layer, part, None) for part in ("layer_scale1", "drop_path"))
-    return find_block(name, layer, mixin, norm, layer.mlp, scale, drop_path)
+
+    def calls(width: int) -> Calls:
+        if getattr(layer, "relative_position_bias", None) is None:
+            return tokens(width, takes)
+        return positioned(width, (2 * layer.patch_size, 2 * layer.patch_size))
+
+    return find_block(name, layer, fitting[0][0], norm, layer.mlp, scale, drop_path, calls)
+
+
+def positioned(width: int, resolution: tuple[int, int]) -> Calls:
+    """For a layer with relative positions: 2 x 2 patches and a class token, with a mask and without."""
+
+    def make(randn: Randn) -> list[Call]:
+        given: dict[str, Any] = {"resolution": resolution}
+        masked_too = given | {"attention_mask": randn(2, 1, 5, 5)}
+        return [(TOKENS, randn(2, 5, width), options) for options in (given, masked_too)]
+
+    return make
 
 
 # --- ViTMAE --------------------------------------------------------------------------------------------
@@ -109,6 +135,7 @@ class FusedMAEEmbeddings(Swapped):
     def forward(
         self, pixel_values: Tensor, noise: Tensor | None = None, interpolate_pos_encoding: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
+        demand_plain(pixel_values)
         if interpolate_pos_encoding or tuple(pixel_values.shape[2:]) != tuple(self.image_size):
             return super().forward(pixel_values, noise, interpolate_pos_encoding)
         tokens = self.patch_embeddings(pixel_values)
@@ -120,6 +147,7 @@ class FusedMAEDecoder(Swapped):
     def forward(
         self, hidden_states: Tensor, ids_restore: Tensor, interpolate_pos_encoding: bool = False
     ) -> Any:
+        demand_plain(hidden_states)
         if interpolate_pos_encoding:
             return super().forward(hidden_states, ids_restore, interpolate_pos_encoding)
         tokens = self.decoder_embed(hidden_states)
@@ -139,6 +167,7 @@ class FusedMAELoss(Swapped):
         attention_mask: Tensor | None = None,
         **kwargs,
     ) -> Any:
+        demand_plain(pixel_values)
         if pixel_values is None or pixel_values.requires_grad:
             return super().forward(pixel_values, noise, interpolate_pos_encoding, attention_mask, **kwargs)
         return_dict = kwargs.pop("return_dict", None)
@@ -186,16 +215,11 @@ def find_mae(name: str, module: nn.Module) -> Finding:
 # --- all -----------------------------------------------------------------------------------------------
 
 
-def find_transformers(name: str, module: nn.Module, parents: Counter[int]) -> Finding | None:
-    if theirs(module, *LAYERS):
-        return find_layer(name, module)
+def find_transformers(name: str, module: nn.Module) -> Finding | None:
+    if of_transformers(module) and (layer := find_layer(name, module)) is not None:
+        return layer
     if theirs(module, *MAE):
         return find_mae(name, module)
-    if theirs(
-        module,
-        *(f"{m}{kind}" for m in ("ViT", "ViTMAE", "Dinov2", "Beit") for kind in ("MLP", "Intermediate")),
-    ):
-        return find_mlp(name, module, parents)
     if theirs(module, *(f"{m}Attention" for m in ("ViT", "ViTMAE", "Dinov2", "Beit"))):
         what = "config._attn_implementation chooses it"
         return Finding(name, type(module).__name__, "attention", obstacle=what)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fastmim_kernels import native
 from fastmim_kernels.debug import debugging
+from fastmim_kernels.once import differentiable_once
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SPLIT = 64  # samples summed by one program of the backward, at most; their order depends on B alone
@@ -201,6 +202,7 @@ def _backward(ctx, dout: Tensor | None):
 
 
 _op.register_autograd(_backward, setup_context=_save)
+differentiable_once(_op_backward)
 
 
 # --- public function -------------------------------------------------------------------------------

@@ -1,12 +1,20 @@
 """Planted faults of apply: each must turn a test red (`make mutants`)."""
 
-TESTS = ["tests/ops/patch/test_equal.py", "tests/ops/patch/test_instance.py", "tests/ops/patch/test_left.py"]
+TESTS = [
+    "tests/ops/patch/test_equal.py",
+    "tests/ops/patch/test_instance.py",
+    "tests/ops/patch/test_left.py",
+    "tests/ops/patch/test_trial.py",
+    "tests/ops/patch/test_refused.py",
+]
 PARTS = "kernels/fastmim_kernels/patch_parts.py"
 SWAP = "kernels/fastmim_kernels/patch_swap.py"
 TIMM = "kernels/fastmim_kernels/patch_timm.py"
 HF = "kernels/fastmim_kernels/patch_transformers.py"
 MASKING = "kernels/fastmim_kernels/patch_masking.py"
 MAE = "kernels/fastmim_kernels/patch_mae.py"
+TRIAL = "kernels/fastmim_kernels/patch_trial.py"
+ONCE = "kernels/fastmim_kernels/once.py"
 PATCH = "kernels/fastmim_kernels/patch.py"
 FAULTS = [
     (
@@ -108,12 +116,12 @@ FAULTS = [
     ),
     (
         TIMM,
-        "branch = self.attn(self.norm1(x), *args, **kwargs)",
-        "branch = self.attn(self.norm1(x))",
+        "demand_plain(x)\n        branch = self.attn(self.norm1(x), *args, **kwargs)",
+        "demand_plain(x)\n        branch = self.attn(self.norm1(x))",
         "masks do not reach attention",
         "masks",
     ),
-    (TIMM, "elif module.attn_drop.p:", "elif False:", "attention dropout is lost", "dropout or said"),
+    (TIMM, 'elif getattr(drop, "p", 0):', "elif False:", "attention dropout is lost", "dropout or said"),
     (
         HF,
         "return self.dropout(self.mlp(normed)) + total",
@@ -203,7 +211,13 @@ FAULTS = [
         "the trial leaves the model in eval mode",
         "trace",
     ),
-    (MAE, "torch.random.fork_rng(devices), ", "", "the trial draws from the user's generator", "trace"),
+    (
+        TRIAL,
+        "            g.set_state(state)\n",
+        "            pass\n",
+        "a trial draws from the user's generator",
+        "trace",
+    ),
     (PATCH, "    if patched:\n", "    if False:\n", "patched twice", "twice"),
     (
         PATCH,
@@ -211,5 +225,65 @@ FAULTS = [
         "swap(module, chosen[:1])",
         "of several ops in a module one is put in",
         "report",
+    ),
+    (
+        TRIAL,
+        "        known[key] = trial(root, finding)",
+        "        known[key] = None",
+        "nothing is tried",
+        "looks_like",
+    ),
+    (
+        TRIAL,
+        "for training in (False, True)]",
+        "for training in (False,)]",
+        "eval mode alone is tried",
+        "looks_like",
+    ),
+    (
+        TRIAL,
+        "(2, 5, width), (3, 16, width)",
+        "(2, 16, width), (3, 16, width)",
+        "even numbers of tokens alone",
+        "looks_like",
+    ),
+    (
+        TRIAL,
+        "likeness(root)\n    if",
+        "type(root)\n    if",
+        "a verdict serves all layers of a class",
+        "taken_over or tried_once",
+    ),
+    (TRIAL, "buffer.copy_(value)", "pass", "statistics move between the two runs", "no_trace"),
+    (TRIAL, "memo[id(value)] = OrderedDict()", "pass", "a trial fires the user's hooks", "no_trace"),
+    (
+        TRIAL,
+        "(torch.randn(p.shape, device=p.device) * std).to(p.dtype)",
+        "p.detach().clone()",
+        "zeros hide who adds them where",
+        "hide_nothing",
+    ),
+    (
+        TRIAL,
+        "if any(p.is_meta for p in weights):",
+        "if False:",
+        "a model of the meta device is tried",
+        "not_there",
+    ),
+    (
+        TIMM,
+        "elif other:\n",
+        "elif False:\n",
+        "positions among the weights of attention are overlooked",
+        "looks_like",
+    ),
+    (SWAP, "isinstance(x, torch.fx.Proxy)", "isinstance(x, type)", "torch.fx stumbles", "says_revert"),
+    (SWAP, "forward_ad._current_level >= 0", "False", "forward mode stumbles", "says_revert"),
+    (
+        ONCE,
+        "    backward_op.register_autograd(refuse)\n",
+        "    del refuse\n",
+        "second derivatives stumble",
+        "says_revert",
     ),
 ]

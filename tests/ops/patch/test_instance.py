@@ -300,6 +300,32 @@ def test_fsdp_of_every_part(tmp_path):
     assert all(p.grad is not None for p in model.blocks.parameters())
 
 
+@pytest.mark.parametrize("first", ["apply", "wrap"])
+def test_ddp(tmp_path, first):
+    from torch.distributed import destroy_process_group, init_process_group, is_initialized
+    from torch.nn.parallel import DistributedDataParallel
+
+    model = make(BUILDS["timm"]).eval()
+    expected = run(model)["output"]
+    ours = not is_initialized()
+    if ours:
+        init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        if first == "apply":
+            fastmim_kernels.apply(model)
+        wrapped = DistributedDataParallel(model)
+        if first == "wrap":
+            fastmim_kernels.apply(wrapped)
+        actual = run(wrapped)["output"]
+        actual.sum().backward()
+    finally:
+        if ours:
+            destroy_process_group()
+    assert is_patched(model)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    assert all(p.grad is not None for p in model.blocks.parameters())
+
+
 def test_dtypes_of_a_patched_norm():
     """The sum in the widest dtype of what is added, normed in the sum's; in half precision under autocast."""
     model = make(BUILDS["timm"])
