@@ -1,8 +1,6 @@
 """C-MAE and CMAE as whole runs: sharded, resumed, on two ranks, and what they leave for others."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from fastmim.engine.pretrain import prepare, train
 from fastmim.methods import METHODS
 from fastmim.models.mae_decoder import DecoderConfig
 from tests.engine.conftest import MODEL, tiny_run
+from tests.engine.forked import run_script
 from tests.engine.test_resume import assert_same, launch, train_and_resume
 
 SIAMESE = ("cmae", "cmae_huang")
@@ -74,8 +73,7 @@ def test_two_sharded_ranks_train_as_one_process(images, tmp_path, method):
     flags = [str(flag) for flag in flags]
     script = str(Path(__file__).resolve().parents[2] / "fastmim/train.py")
     launch("--num_gpus", "2", script, *flags, "--zero", "3", "--run-dir", str(tmp_path / "two"))
-    one = [sys.executable, script, *flags, "--zero", "0", "--run-dir", str(tmp_path / "one")]
-    subprocess.run(one, check=True, capture_output=True)
+    run_script(Path(script), *flags, "--zero", "0", "--run-dir", str(tmp_path / "one"))
     rows = {
         name: [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("one", "two")
