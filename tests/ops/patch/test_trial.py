@@ -279,7 +279,8 @@ def test_nothing_is_timed_in_a_trial(monkeypatch):
     call = attention_timing.Call((5,), 2, 24, 2, "packed", "float32", True, "x")
     monkeypatch.setattr(attention_timing, "measure", lambda *_: pytest.fail("measured"))
     with rehearsal(torch.device("cpu")):
-        backend = attention_timing.fastest(call, torch.float32, torch.device("cpu"), {}, {}, lambda _: [])
+        settings = torch.float32, torch.device("cpu"), {}, {}, lambda _: [], None
+        backend = attention_timing.fastest(call, *settings)
     assert backend == "sdpa" and attention_timing.attention_choices() == []
 
 
