@@ -149,6 +149,11 @@ def test_what_fails_at_the_start_leaves_the_run_as_it_was(images, tmp_path, monk
             if part != "restore":
                 with pytest.raises(RuntimeError, match="a DP world size of 1"):
                     train(prepare(replace(run, run_dir=tmp_path / "new")))
+                patch.chdir(tmp_path)
+                with pytest.raises(RuntimeError, match="a DP world size of 1"):
+                    train(prepare(replace(run, run_dir=None)))
+                assert list((tmp_path / "runs").iterdir()) == []
+                (tmp_path / "runs").rmdir()
         assert contents(tmp_path) == before
         assert not (tmp_path / "new").exists()
     with pytest.raises(CheckpointError, match="allow-changes: .* got 'sed'; did you mean seed"):
@@ -198,14 +203,14 @@ def test_a_file_for_a_directory(tmp_path, below, capsys):
     assert contents(tmp_path) == {str(tmp_path / "file"): b"mine"}
 
 
-def test_folders_that_cannot_be_written(capsys, tmp_path, monkeypatch):
+def test_folders_that_cannot_be_written_or_are_full(capsys, tmp_path, monkeypatch):
     code, line = refusal(["--run-dir", "/proc/run"], capsys)  # read-only to root as well
     assert code == 2 and line.startswith("run-dir: want a folder that can be written, got /proc/run: ")
 
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
+    def full(*, dir: Path, buffering: int):  # where an empty file would fit
+        return Path("/dev/full").open("wb", buffering)
 
-    monkeypatch.setattr(run_dir, "check_writable", full)
+    monkeypatch.setattr(run_dir.tempfile, "TemporaryFile", full)
     code, line = refusal(["--run-dir", str(tmp_path / "run")], capsys)
     assert (code, line[-25:]) == (2, ": No space left on device")
     assert list(tmp_path.iterdir()) == []

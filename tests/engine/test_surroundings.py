@@ -69,6 +69,7 @@ def test_streams_that_only_write_in_a_running_loop_and_another_folder(images, tm
     async def cell() -> None:
         run = tiny_run(Path("images"), Path("runs/a"), steps=1)
         p = prepare(run)
+        assert p.run.data.path == tmp_path / "images"
         with monkeypatch.context() as patch:
             patch.chdir("/")
             patch.setattr(sys, "stdin", None)
