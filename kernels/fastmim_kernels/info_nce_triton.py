@@ -64,8 +64,8 @@ def _forward_kernel(
     b = (tl.program_id(0) % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = b < B
     label = b + offset
-    if label_ptr is not None:
-        label = tl.load(label_ptr + b * N + n, mask=inside, other=0)
+    if label_ptr is not None:  # kept for all keys in half the registers, or it spills
+        label = tl.load(label_ptr + b * N + n, mask=inside, other=0).to(tl.int32)
     q_ptr += n * q_stride_n
     k_ptr += n * k_stride_n
 
@@ -74,7 +74,7 @@ def _forward_kernel(
     positive = tl.zeros([ROWS], tl.float32)
     for c in tl.static_range(CHUNKS):
         rows = _load(q_ptr, b, inside, q_stride_b, c, WIDTH, D)
-        own = _load(k_ptr, label, inside, k_stride_g, c, WIDTH, D).to(tl.float32)
+        own = _load(k_ptr, label.to(tl.int64), inside, k_stride_g, c, WIDTH, D).to(tl.float32)
         square += tl.sum(rows.to(tl.float32) * rows.to(tl.float32), axis=1)
         positive += tl.sum(rows.to(tl.float32) * own, axis=1)
         q += (rows,)
@@ -82,7 +82,7 @@ def _forward_kernel(
     own_per_norm = tl.full([ROWS], 1.0, tl.float32)
     if NORMALIZE:
         per_norm = 1.0 / tl.maximum(tl.sqrt(square), TINIEST)
-        own_per_norm = 1.0 / tl.abs(tl.load(norm_ptr + label * N + n, mask=inside, other=1.0))
+        own_per_norm = 1.0 / tl.abs(tl.load(norm_ptr + label.to(tl.int64) * N + n, mask=inside, other=1.0))
     cosine = positive * per_norm * own_per_norm
     to_log2 = per_norm * (LOG2E / temperature)
 
@@ -103,7 +103,7 @@ def _forward_kernel(
         if NORMALIZE:
             norm = tl.abs(tl.load(norm_ptr + g * N + n, mask=g < G, other=1.0))
         logit = weight * to_log2[:, None] * (1.0 / norm)[None, :]
-        negative = (g < G)[None, :] & (g[None, :] != label[:, None])
+        negative = (g < G)[None, :] & (g.to(label.dtype)[None, :] != label[:, None])
         weight = tl.where(negative, logit - tl.log2(norm)[None, :], float("-inf"))
         higher = tl.maximum(top, tl.max(weight, axis=1))
         zero = tl.where(higher == float("-inf"), 0.0, higher)  # a tile may hold nothing but the positive
@@ -136,7 +136,7 @@ def _forward_kernel(
         along = (inner * per_total / LOG2E - cosine / temperature) * temperature
         along = tl.where(tl.sqrt(square) > TINIEST, along, 0.0)
         for c in tl.static_range(CHUNKS):
-            own = _load(k_ptr, label, inside, k_stride_g, c, WIDTH, D).to(tl.float32)
+            own = _load(k_ptr, label.to(tl.int64), inside, k_stride_g, c, WIDTH, D).to(tl.float32)
             pull = mean[c] * per_total[:, None] - own * own_per_norm[:, None]
             if NORMALIZE:
                 row = _load(q_ptr, b, inside, q_stride_b, c, WIDTH, D).to(tl.float32)

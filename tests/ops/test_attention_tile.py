@@ -120,7 +120,9 @@ def compare(form, q, k, v, dout, segments, slack=2.0):
 def test_kernels_match_the_definition(segments, d, dtype, device):
     if device == "cuda" and dtype == FP32:
         pytest.skip("no fp32 on CUDA")
-    compare(triton_form, *make_inputs(segments, d, dtype, device, 1, 2), segments)
+    # in fp32 the naive form's own rounding differs by a few per cent from one processor to another
+    slack = 3.0 if dtype == FP32 else 2.0
+    compare(triton_form, *make_inputs(segments, d, dtype, device, 1, 2), segments, slack)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
