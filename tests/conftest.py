@@ -8,6 +8,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as fastmim/train.py; read
 
 import pytest
 import torch
+import torch.utils.cpp_extension  # and setuptools, which wants to come before the library's own distutils
+from torch.utils._device import _device_constructors
+
+_device_constructors()  # torch.device("meta") remembers what makes tensors: not what stands for it in a test
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
