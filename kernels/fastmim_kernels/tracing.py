@@ -11,6 +11,11 @@ F = TypeVar("F", bound=Callable[..., object])
 
 
 def constant_in_graphs(fn: F) -> F:
-    """torch.compile calls `fn` once while it traces, and what it returns is a constant of the graph."""
+    """torch.compile calls `fn` once while it traces, and what it returns is a constant of the graph.
+
+    Of a function with a cache the tracer takes what is within, so that is marked as well.
+    """
     fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    if (within := getattr(fn, "__wrapped__", None)) is not None:
+        within._dynamo_marked_constant = True
     return fn

@@ -14,11 +14,12 @@ import pytest
 from fastmim import cli
 from fastmim.data import find_images, folder, index
 from fastmim.data.left_out import LeftOut
+from tests.conftest import SHARED_DATA
 
 from .shards import LABELS, PICTURES, with_labels, write_folder, write_parquet, write_tar
 from .test_source_kinds import nobody, table
 
-CASES = Path(__file__).resolve().parents[2] / "shared" / "cases"
+CASES = SHARED_DATA.parent / "cases"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 12345\n"
 
 

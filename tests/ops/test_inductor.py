@@ -1,5 +1,8 @@
 """What Inductor logs of a custom op before torch 2.13, and constants. test_compile.py of methods compiles."""
 
+from functools import cache
+
+import pytest
 import torch
 from fastmim_kernels.inductor import brief, needs_brief_log
 from fastmim_kernels.tracing import constant_in_graphs
@@ -29,12 +32,15 @@ def test_a_constant_is_marked_as_torch_does_it():
     assert vars(constant_in_graphs(ours)) == vars(torch.compiler.assume_constant_result(theirs)) != {}
 
 
-def test_what_cannot_be_traced_may_be_a_constant():
+@pytest.mark.parametrize("kept", [cache, lambda fn: fn], ids=["cached", "plain"])
+def test_what_cannot_be_traced_may_be_a_constant(kept):
     calls = []
 
     @constant_in_graphs
+    @kept
     def measured() -> int:
         calls.append(id(calls))
+        torch.zeros(2, requires_grad=True).sum().backward()  # which a tracer refuses
         return 3
 
     compiled = torch.compile(lambda x: x * measured(), fullgraph=True, backend="eager")
