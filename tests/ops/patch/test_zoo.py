@@ -6,10 +6,9 @@ import fastmim_kernels
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._device import _device_constructors
 
 from tests.ops.patch import zoo
-from tests.ops.patch.conftest import livelier, named
+from tests.ops.patch.conftest import SIZES, livelier, named
 
 SAMPLE = {  # and whether anything is replaced in it
     "test_vit": True, "test_vit2": True, "visformer_tiny": False, "samvit_base_patch16_224": True,
@@ -17,12 +16,6 @@ SAMPLE = {  # and whether anything is replaced in it
     "naflexvit_base_patch16_parfac_gap": True, "deit_tiny_distilled_patch16_224": True, "convit_tiny": True,
     "eva02_tiny_patch14_224": False, "test_maxvit": True, "edgenext_xx_small": True, "test_resnet": False,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def poisoned_empty():
-    """Not here: torch.device("meta") overlooks a torch.empty that is not torch's, and remembers it."""
-    _device_constructors.cache_clear()
 
 
 def outputs(model: nn.Module, *given, **kwargs) -> dict[str, Tensor]:
@@ -90,13 +83,6 @@ def test_every_model_of_timm():
 
 # --- transformers ----------------------------------------------------------------------------------------
 
-SIZES = {
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 32,
-    "patch_size": 8,
-}
 TRANSFORMERS = {  # model, options of its configuration, whether anything is replaced
     "ViTModel": (SIZES | {"intermediate_size": 96}, True),
     "ViTMAEModel": (SIZES | {"intermediate_size": 96}, True),
