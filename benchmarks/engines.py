@@ -21,7 +21,7 @@ import torch
 from fastmim_kernels import ema_update, sample_keys
 from torch import Tensor, nn
 
-from benchmarks.harness import DEVICE, NULL
+from benchmarks.provenance import DEVICE, NULL
 from fastmim.methods.base import Method, MethodConfig
 from fastmim.models.vit import Attention, ViTConfig
 from fastmim.optim import OptimConfig, torch_adamw

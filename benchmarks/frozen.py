@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import DEVICE, RESULTS, ROOT, append, environment
+from benchmarks.provenance import DEVICE, RESULTS, ROOT, append, environment
 from fastmim.engine.evaluate import labelled_features, load_encoder
 from fastmim.engine.pictures import read_metrics, smoothed
 from fastmim.evals.knn import knn

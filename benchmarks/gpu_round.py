@@ -33,7 +33,7 @@ from benchmarks.gpu.parts import Outcome, Runner, Stage, remaining
 from benchmarks.gpu.record import ROUND, Record, earlier, exists, keep, table
 from benchmarks.gpu.shares import Want, divide
 from benchmarks.gpu.stages import full, quick, rehearsal
-from benchmarks.harness import DEVICE, RESULTS, append, environment
+from benchmarks.provenance import DEVICE, RESULTS, append, environment
 
 KINDS = {"round": (full, 570.0), "quick": (quick, 115.0), "rehearse": (rehearsal, 400.0)}
 CLOSE_S = 5.0  # for ending the last part and the table

@@ -3,26 +3,15 @@
 python -m benchmarks.harness norm_pix_loss_image    appends to benchmarks/results/norm_pix_loss_image.jsonl
 python -m benchmarks.plot norm_pix_loss_image       reads that file and draws; measures nothing
 
-Providers take turns in rounds, so that a clock that drifts drifts for all. On CUDA the L2 is filled with
-other data before each call, and the device kept busy while the host queues it, as long as that takes: the
-time is the device's, without that of the host. Beside it stands what bytes and FLOP allow: `foreseen_ms`.
+`clock.py` says how time is taken. Beside it stands what bytes and FLOP allow: `foreseen_ms`.
 """
 
 import argparse
-import hashlib
-import importlib.util
-import json
-import os
-import shlex
-import subprocess
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -31,35 +20,12 @@ from fastmim_kernels import native
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.clock import copy_gb_per_s, matmul_tflop_per_s, quantiles, take_turns
 from benchmarks.devices import known_device
-
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NULL = DEVICE == "cuda" and "NULL_CUDA" in os.environ  # a driver that runs nothing: values are garbage there
-NULL_DEVICE = "a null device, which computes nothing"
-if NULL:
-    torch.backends.cuda.enable_cudnn_sdp(False)  # its plans want a real device
-PACKAGES = (
-    "torch",
-    "triton",
-    "xformers",
-    "mslk-cuda",
-    "deepspeed",
-    "nvidia-dali-cuda130",
-    "timm",
-    "transformers",
-)
-SOURCES = ("fastmim/**/*.py", "kernels/**/*.py", "benchmarks/**/*.py", "csrc/*.cpp", "csrc/*.h")
-QUANTILES = (0.2, 0.5, 0.8)
+from benchmarks.provenance import DEVICE, NULL, RESULTS, ROOT, append, device_name, environment, module_exists
 
 TOLERANCE = 2e-2  # of the largest value of each output: five steps of bf16
 ROUNDS, QUICK_ROUNDS = 6, 2
-ROUND_MS = 60.0  # of each provider's own time in a round
-FLUSH_BYTES = 256 * 2**20  # more than any L2
-HEAD_START = 2.0  # of the host's time to queue a call: as long as the device is kept busy before it
-LEAST_HEAD_START_MS = 0.5
-CALIBRATION_CYCLES = 20_000_000  # about ten milliseconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,194 +43,6 @@ class Case:
     oracle: Callable[[], tuple[Tensor, ...]] | None = None  # of the first: what all are checked against
     absent: str | None = None  # why this provider cannot be had here
     served: Callable[[], str] | None = None  # what really computes it, asked when it has run
-
-
-# --- where a number was measured --------------------------------------------------------------------
-
-CHANGES = ("status", "--porcelain", "--", ".", ":!benchmarks/results")  # rows are written while others come
-
-
-def environment() -> dict[str, Any]:
-    """Device, versions, state of the code, command and time: what every row ends with."""
-    return {
-        "commit": git("rev-parse", "--short", "HEAD"),
-        "dirty": None if (status := git(*CHANGES)) is None else bool(status),
-        "sources": sources_digest(),
-        "device": device_name(),
-        "load": round(os.getloadavg()[0], 1),  # of the host: a busy one makes CPU figures worthless
-        "versions": {"python": sys.version.split()[0], **versions()},
-        "command": shlex.join(["python", *map(portable, sys.argv)]),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
-def device_name() -> str:
-    if DEVICE == "cpu":
-        return f"cpu, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    return NULL_DEVICE if NULL else torch.cuda.get_device_name()
-
-
-@cache
-def import_torchvision() -> torch.library.Library | None:
-    """Import it; beside a torch for CPUs its own ops lack even their schemas. What is returned must live."""
-    library = None
-    try:
-        import_module("torchvision")
-    except RuntimeError:  # "operator torchvision::nms does not exist"
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import_module("torchvision")
-    return library
-
-
-def portable(argument: str) -> str:
-    """An absolute path without the folders of one machine."""
-    path = Path(argument)
-    if not path.is_absolute():
-        return argument
-    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
-
-
-def git(*arguments: str) -> str | None:
-    """What git says of this repository; None where there is no git or no repository."""
-    try:
-        run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-    except OSError:
-        return None
-    return run.stdout.strip() if run.returncode == 0 else None
-
-
-@cache
-def sources_digest() -> str:
-    """Twelve digits of the SHA-256 of the code, which names it where there is no commit to name."""
-    digest = hashlib.sha256()
-    for path in sorted(path for pattern in SOURCES for path in ROOT.glob(pattern)):
-        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    found["cuda"] = torch.version.cuda
-    return found
-
-
-def append(path: Path, row: dict[str, Any]) -> None:
-    """One more line, whole and on disk before the next measurement begins."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as out:
-        out.write(json.dumps(row) + "\n")
-        out.flush()
-        os.fsync(out.fileno())
-
-
-# --- time -------------------------------------------------------------------------------------------
-
-
-def quantiles(values: Sequence[float]) -> list[float]:
-    """The 20th, 50th and 80th percentile."""
-    return (
-        torch.tensor(values, dtype=torch.float64)
-        .quantile(torch.tensor(QUANTILES, dtype=torch.float64))
-        .tolist()
-    )
-
-
-@cache
-def flush_buffer() -> Tensor:
-    return torch.zeros(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
-
-
-def flush() -> None:
-    """Fill the L2 with what no call wants, by reading: what is written leaves it in the call's own time."""
-    flush_buffer().amax()
-
-
-@cache
-def cycles_per_ms() -> float:
-    """Of the device's clock, as `torch.cuda._sleep` counts it."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for _ in range(2):  # the first may be of a clock that has yet to rise
-        start.record()
-        torch.cuda._sleep(CALIBRATION_CYCLES)
-        end.record()
-        torch.cuda.synchronize()
-    return CALIBRATION_CYCLES / start.elapsed_time(end)
-
-
-def host_ms(run: Callable[[], object]) -> float:
-    """Milliseconds until the call returns to the host with an empty queue; the second of two calls."""
-    taken = 0.0
-    for _ in range(2):  # the first may compile
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        taken = (time.perf_counter() - start) * 1e3
-    torch.cuda.synchronize()
-    return taken
-
-
-def samples(run: Callable[[], object], count: int) -> list[float]:
-    """Milliseconds of `count` calls."""
-    if DEVICE == "cpu":
-        times = []
-        for _ in range(count):
-            start = time.perf_counter()
-            run()
-            times.append((time.perf_counter() - start) * 1e3)
-        return times
-    head_start = int(max(LEAST_HEAD_START_MS, HEAD_START * host_ms(run)) * cycles_per_ms())
-    events = []
-    for _ in range(count):
-        flush()
-        torch.cuda._sleep(head_start)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        events.append((start, end))
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in events]
-
-
-def take_turns(
-    runs: Sequence[Callable[[], object]], rounds: int, round_ms: float | None = None
-) -> list[list[float]]:
-    """Milliseconds of the calls of each, taken in rounds whose order is turned each time.
-
-    In a round each is called for `round_ms` of its own time (None: ROUND_MS), 3 to 100 times.
-    """
-    own_ms = ROUND_MS if round_ms is None else round_ms
-    counts = [max(3, min(100, round(own_ms / min(samples(run, 3))))) for run in runs]
-    times: list[list[float]] = [[] for _ in runs]
-    for turn in range(rounds):
-        for i in range(len(runs))[:: 1 if turn % 2 == 0 else -1]:
-            times[i] += samples(runs[i], counts[i])
-    return times
-
-
-@cache
-def copy_gb_per_s() -> float:
-    """Bytes read and written per second by a copy, of random values too large for any cache."""
-    source = torch.randint(0, 256, (2**30 if DEVICE == "cuda" else 2**26,), dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    target.copy_(source)
-    return 2 * source.numel() / quantiles(samples(lambda: target.copy_(source), 20))[1] / 1e6
-
-
-@cache
-def matmul_tflop_per_s(dtype: torch.dtype) -> float:
-    """What the library reaches on one large square product of random values."""
-    n = 8192 if DEVICE == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=DEVICE, dtype=dtype) for _ in range(2))
-    samples(lambda: a @ b, 5)
-    return 2 * n**3 / quantiles(samples(lambda: a @ b, 30))[1] / 1e9
 
 
 # --- check, then time -------------------------------------------------------------------------------
@@ -417,10 +195,6 @@ def sentence(row: dict[str, Any]) -> str:
     code = f", {row['foreseen_code_ms']:.3f} by its machine code" if row["foreseen_code_ms"] else ""
     ms = f"{row['ms']:.3f} ms, {row['foreseen_ms']:.3f} foreseen{code}"
     return f"{head}  {ms}  {rate}{tflops}  {row['extra_mib']:.4g} MiB extra  ({row['served']})"
-
-
-def module_exists(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import RESULTS
+from benchmarks.provenance import RESULTS
 
 Rows = dict[tuple[str, str], dict[str, Any]]  # by shape and provider
 

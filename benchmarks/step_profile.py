@@ -35,7 +35,7 @@ from benchmarks.engines import (
     time_steps,
 )
 from benchmarks.flops import step_flops
-from benchmarks.harness import DEVICE, append, environment
+from benchmarks.provenance import DEVICE, append, environment
 from benchmarks.throughput import (
     configured,
     describe,

@@ -37,6 +37,7 @@ from fastmim_kernels import native
 from fastmim_kernels.attention import attention_choices, choose_attention
 from torch import Tensor
 
+from benchmarks.clock import copy_gb_per_s, matmul_tflop_per_s, quantiles, samples
 from benchmarks.cost import beside
 from benchmarks.devices import known_device
 from benchmarks.engines import (
@@ -52,19 +53,9 @@ from benchmarks.engines import (
     time_steps,
 )
 from benchmarks.flops import step_flops
-from benchmarks.harness import (
-    DEVICE,
-    RESULTS,
-    append,
-    copy_gb_per_s,
-    device_name,
-    environment,
-    matmul_tflop_per_s,
-    quantiles,
-    samples,
-)
 from benchmarks.ledger import ledger
 from benchmarks.op_facts import Op
+from benchmarks.provenance import DEVICE, RESULTS, append, device_name, environment
 from fastmim.engine.ranks import Ranks
 from fastmim.methods import METHODS
 from fastmim.methods.base import Method, MethodConfig

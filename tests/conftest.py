@@ -65,7 +65,7 @@ def device() -> str:
 @pytest.fixture(scope="session")
 def torchvision_loads() -> None:
     """timm and transformers import torchvision, which lacks two ops of its own beside a CPU torch."""
-    from benchmarks.harness import import_torchvision
+    from benchmarks.provenance import import_torchvision
 
     if find_spec("torchvision") is not None:
         import_torchvision()

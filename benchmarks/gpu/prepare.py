@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.gpu.worker import ROOT
-from benchmarks.harness import DEVICE, RESULTS, environment
+from benchmarks.provenance import DEVICE, RESULTS, environment
 from fastmim.methods import METHODS
 
 ASKED = (

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import NULL_DEVICE, append
+from benchmarks.provenance import NULL_DEVICE, append
 
 ROUND = "round.jsonl"
 HEAD_BYTES, TAIL_BYTES = 200_000, 30_000  # of what a part says, its begin and its end

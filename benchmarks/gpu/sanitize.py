@@ -26,7 +26,8 @@ from fastmim_kernels.info_nce import info_nce_reference
 from torch import Tensor
 
 from benchmarks.gpu.worker import ROOT
-from benchmarks.harness import DEVICE, NULL, RESULTS, append, environment, relative_error
+from benchmarks.harness import relative_error
+from benchmarks.provenance import DEVICE, NULL, RESULTS, append, environment
 
 TOOLS = ("memcheck", "racecheck")
 TOLERANCE = 5e-2  # of the largest value, in bf16

@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.gpu.claims import FOLDER, LIMIT, OWN, PASSED, State
 from benchmarks.gpu.worker import ROOT
-from benchmarks.harness import RESULTS, append, environment
+from benchmarks.provenance import RESULTS, append, environment
 
 PYTEST = (
     "-m", "pytest", "-q", "-p", "benchmarks.gpu.claims", "-p", "no:cacheprovider", "-p", "no:xdist",

@@ -18,7 +18,8 @@ from fastmim_kernels import add_layer_norm
 from fastmim_kernels.add_layer_norm import add_layer_norm_reference
 from torch import Tensor
 
-from benchmarks.harness import DEVICE, Case
+from benchmarks.harness import Case
+from benchmarks.provenance import DEVICE
 
 IMAGES = [256, 1024] if DEVICE == "cuda" else [16]
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32

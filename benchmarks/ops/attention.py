@@ -29,7 +29,8 @@ from fastmim_kernels.attention import (
 )
 from torch import Tensor
 
-from benchmarks.harness import DEVICE, Case
+from benchmarks.harness import Case
+from benchmarks.provenance import DEVICE
 
 IMAGES = [1024] if DEVICE == "cuda" else [16]
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32

@@ -18,7 +18,8 @@ from fastmim_kernels import bias_gelu
 from fastmim_kernels.bias_gelu import bias_gelu_reference
 from torch import Tensor
 
-from benchmarks.harness import DEVICE, Case
+from benchmarks.harness import Case
+from benchmarks.provenance import DEVICE
 
 IMAGES = [64, 512] if DEVICE == "cuda" else [8]
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32

@@ -23,7 +23,8 @@ from fastmim_kernels.color_blur import color_blur_reference
 from fastmim_kernels.color_jitter import color_jitter_reference
 from torch import Tensor
 
-from benchmarks.harness import DEVICE, Case
+from benchmarks.harness import Case
+from benchmarks.provenance import DEVICE
 from fastmim.data.color import ColorDraws, draw_colors
 from fastmim.views import BYOL_FIRST, SIMSIAM
 

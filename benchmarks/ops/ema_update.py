@@ -20,7 +20,8 @@ from fastmim_kernels.ema_update import ema_update_reference
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from benchmarks.harness import DEVICE, Case
+from benchmarks.harness import Case
+from benchmarks.provenance import DEVICE
 
 WIDTH, DEPTH = (768, 12) if DEVICE == "cuda" else (384, 12)  # ViT-B, ViT-S
 STUDENTS = (torch.float32, torch.bfloat16)

@@ -17,7 +17,8 @@ from fastmim_kernels import gather_patches
 from fastmim_kernels.gather_patches import gather_patches_reference
 from torch import Tensor
 
-from benchmarks.harness import DEVICE, Case
+from benchmarks.harness import Case
+from benchmarks.provenance import DEVICE
 
 IMAGES = [256, 1024] if DEVICE == "cuda" else [32]
 ROWS = torch.bfloat16 if DEVICE == "cuda" else torch.float32

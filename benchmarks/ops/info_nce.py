@@ -27,7 +27,8 @@ from fastmim_kernels import info_nce
 from fastmim_kernels.info_nce import info_nce_reference
 from torch import Tensor
 
-from benchmarks.harness import DEVICE, Case
+from benchmarks.harness import Case
+from benchmarks.provenance import DEVICE
 
 PER_POSITION = [1024, 4096] if DEVICE == "cuda" else [256]  # images
 ALL_TOKENS = [1024] if DEVICE == "cuda" else [64]

@@ -17,7 +17,8 @@ from fastmim_kernels import norm_pix_loss_image
 from fastmim_kernels.norm_pix_loss_image import norm_pix_loss_image_reference
 from torch import Tensor
 
-from benchmarks.harness import DEVICE, Case
+from benchmarks.harness import Case
+from benchmarks.provenance import DEVICE
 
 IMAGES = [64, 256, 1024] if DEVICE == "cuda" else [32]
 DTYPES = [torch.float32, torch.bfloat16] if DEVICE == "cuda" else [torch.float32]

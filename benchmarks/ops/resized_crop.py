@@ -20,7 +20,8 @@ from fastmim_kernels import resized_crop, sample_keys
 from fastmim_kernels.resized_crop import Filter, resized_crop_reference
 from torch import Tensor
 
-from benchmarks.harness import DEVICE, Case
+from benchmarks.harness import Case
+from benchmarks.provenance import DEVICE
 from fastmim.data.crop import draw_boxes
 from fastmim.views import View
 

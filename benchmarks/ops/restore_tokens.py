@@ -18,7 +18,8 @@ from fastmim_kernels import restore_tokens
 from fastmim_kernels.restore_tokens import restore_tokens_reference
 from torch import Tensor
 
-from benchmarks.harness import DEVICE, Case
+from benchmarks.harness import Case
+from benchmarks.provenance import DEVICE
 
 IMAGES = [256, 1024] if DEVICE == "cuda" else [32]
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32

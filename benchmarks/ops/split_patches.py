@@ -34,7 +34,8 @@ from fastmim_kernels.block_masks import MAX_TRIES, STEP_BITS, block_mask_referen
 from fastmim_kernels.split_patches import split_patches_grouped_reference, split_patches_reference
 from torch import Tensor
 
-from benchmarks.harness import DEVICE, Case
+from benchmarks.harness import Case
+from benchmarks.provenance import DEVICE
 
 IMAGES = [256, 768] if DEVICE == "cuda" else [64]
 SIDE, UNIT = 14, 2

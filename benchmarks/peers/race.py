@@ -34,7 +34,7 @@ from benchmarks.engines import (
     use_any_attention,
 )
 from benchmarks.flops import step_flops
-from benchmarks.harness import DEVICE, append, environment, import_torchvision, module_exists
+from benchmarks.provenance import DEVICE, append, environment, import_torchvision, module_exists
 from benchmarks.throughput import add_work, configured, describe, fractions, peak_gib, rates, sentence
 from fastmim.engine.ranks import Ranks
 from fastmim.methods.cmae import CMAE

@@ -13,8 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import import_torchvision
 from benchmarks.peers.race import Peer, main
+from benchmarks.provenance import import_torchvision
 from fastmim.methods.mae import MAE
 
 

@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from benchmarks.harness import DEVICE, RESULTS, ROOT, append, environment, quantiles
+from benchmarks.clock import quantiles
 from benchmarks.pipeline.loader import rate
 from benchmarks.pipeline.providers import random_box, views_of
+from benchmarks.provenance import DEVICE, RESULTS, ROOT, append, environment
 from fastmim.data import why_no_dali
 
 # --- the baseline -----------------------------------------------------------------------------------

@@ -37,8 +37,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.harness import DEVICE, RESULTS, ROOT, append, environment, quantiles
+from benchmarks.clock import quantiles
 from benchmarks.pipeline.providers import NEEDS, PROVIDERS, SIZE, Turn
+from benchmarks.provenance import DEVICE, RESULTS, ROOT, append, environment
 
 CORES = len(os.sched_getaffinity(0))
 WARM_UP = 6  # batches: more than any of them prepares ahead

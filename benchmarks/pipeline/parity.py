@@ -26,9 +26,9 @@ from fastmim_kernels import resized_crop, sample_keys
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.harness import DEVICE, RESULTS, ROOT, append, environment
 from benchmarks.pipeline import parity_boxes, parity_files, parity_page
 from benchmarks.pipeline import parity_reference as reference
+from benchmarks.provenance import DEVICE, RESULTS, ROOT, append, environment
 from fastmim.data import Images, find_images, why_no_dali
 from fastmim.data.color import apply_colors, draw_colors
 from fastmim.data.crop import draw_boxes

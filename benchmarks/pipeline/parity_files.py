@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.harness import DEVICE
 from benchmarks.pipeline import parity_reference as reference
+from benchmarks.provenance import DEVICE
 from fastmim.data.decoder import DecoderName, Rejected, Request, make_decoder
 from fastmim.data.draws import Draws
 from fastmim.data.header import image_size

@@ -11,8 +11,9 @@ from fastmim_kernels import color_blur, color_jitter, sample_keys
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from benchmarks.harness import DEVICE, quantiles, take_turns
+from benchmarks.clock import quantiles, take_turns
 from benchmarks.pipeline import parity_reference as reference
+from benchmarks.provenance import DEVICE
 from fastmim.data.color import ColorDraws, draw_colors
 from fastmim.views import BYOL_FIRST, SIMSIAM, Color
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from benchmarks.harness import DEVICE, import_torchvision
+from benchmarks.provenance import DEVICE, import_torchvision
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import DEVICE
+from benchmarks.provenance import DEVICE
 
 GROWTH = 0.02  # of the memory after the warm-up
 CLOSING_S = 10.0  # threads that were told to end may finish what they do

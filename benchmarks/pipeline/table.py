@@ -30,8 +30,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.clock import quantiles
 from benchmarks.engines import Engine, make_engine, repeated, synthetic, time_steps
-from benchmarks.harness import DEVICE, append, environment, quantiles
+from benchmarks.provenance import DEVICE, append, environment
 from benchmarks.throughput import add_work, configured
 from fastmim.engine.ranks import Ranks
 from fastmim.methods import METHODS

@@ -11,9 +11,9 @@ from benchmarks import cost, devices
 from benchmarks.cost import beside, foreseen
 from benchmarks.devices import DEVICES, Device, known_device, op_ms, product_efficiency
 from benchmarks.flops import step_flops
-from benchmarks.harness import ROOT
 from benchmarks.ledger import ledger
 from benchmarks.op_facts import Op
+from benchmarks.provenance import ROOT
 from fastmim.methods import METHODS, CMAEConfig, CMAEHuangConfig, MAEConfig, RMAEConfig
 from fastmim.methods.base import MethodConfig
 from fastmim.methods.cmae_huang import checked_num_seen

@@ -18,7 +18,7 @@ from benchmarks.gpu import parts, prepare, sanitize, stages, wheels
 from benchmarks.gpu.parts import MARK, Part, Runner, Stage, marked, remaining
 from benchmarks.gpu.record import ROUND, Record, earlier, keep, table
 from benchmarks.gpu.shares import Want, divide
-from benchmarks.harness import NULL_DEVICE, ROOT
+from benchmarks.provenance import NULL_DEVICE, ROOT
 
 KINDS = ("round", "quick", "rehearse")
 

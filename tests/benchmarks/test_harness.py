@@ -12,7 +12,7 @@ import pytest
 import torch
 from fastmim_kernels import native
 
-from benchmarks import harness, plot
+from benchmarks import clock, harness, plot, provenance
 from benchmarks.gpu.stages import OPS
 from benchmarks.harness import Case
 
@@ -26,7 +26,7 @@ def case(provider: str, *outputs: torch.Tensor, absent: str | None = None) -> Ca
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(harness, "ROUND_MS", 0.1)
+    monkeypatch.setattr(clock, "ROUND_MS", 0.1)
     monkeypatch.setattr(harness, "copy_gb_per_s", lambda: 1.0)
     monkeypatch.setattr(harness, "matmul_tflop_per_s", lambda dtype: 1.0)
 
@@ -68,17 +68,17 @@ def test_rates_come_from_the_median():
 def test_turns_alternate(monkeypatch):
     said = []
     runs = [lambda: said.append("a"), lambda: said.append("b")]
-    monkeypatch.setattr(harness, "samples", lambda run, count: [run() or 1.0])
-    harness.take_turns(runs, rounds=3)
+    monkeypatch.setattr(clock, "samples", lambda run, count: [run() or 1.0])
+    clock.take_turns(runs, rounds=3)
     assert "".join(said) == "ab" + "abbaab"
 
 
 def test_a_round_is_as_long_as_it_is_asked_to_be(monkeypatch):
     counts = []
-    monkeypatch.setattr(harness, "samples", lambda run, count: counts.append(count) or [2.0] * count)
+    monkeypatch.setattr(clock, "samples", lambda run, count: counts.append(count) or [2.0] * count)
     for round_ms, calls in ((20.0, 10), (1.0, 3), (1e4, 100), (None, 3)):
         counts.clear()
-        harness.take_turns([lambda: None], rounds=2, round_ms=round_ms)
+        clock.take_turns([lambda: None], rounds=2, round_ms=round_ms)
         assert counts == [3, calls, calls], round_ms
 
 
@@ -97,41 +97,41 @@ def test_the_head_start_covers_the_host(host, cycles, monkeypatch):
         def elapsed_time(self, end):
             return 1.5
 
-    monkeypatch.setattr(harness, "DEVICE", "cuda")
-    monkeypatch.setattr(harness, "host_ms", lambda run: host)
-    monkeypatch.setattr(harness, "cycles_per_ms", lambda: 1000.0)
-    monkeypatch.setattr(harness, "flush", lambda: said.append("flush"))
+    monkeypatch.setattr(clock, "DEVICE", "cuda")
+    monkeypatch.setattr(clock, "host_ms", lambda run: host)
+    monkeypatch.setattr(clock, "cycles_per_ms", lambda: 1000.0)
+    monkeypatch.setattr(clock, "flush", lambda: said.append("flush"))
     monkeypatch.setattr(torch.cuda, "_sleep", said.append)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: said.append("wait"))
-    assert harness.samples(lambda: said.append("call"), 2) == [1.5, 1.5]
+    assert clock.samples(lambda: said.append("call"), 2) == [1.5, 1.5]
     assert said == ["flush", cycles, "mark", "call", "mark"] * 2 + ["wait"]
 
 
 def test_the_time_of_the_host_is_that_of_a_call_that_has_run_before(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     naps = iter([0.2, 0.03])
-    assert 30 <= harness.host_ms(lambda: time.sleep(next(naps))) < 150
+    assert 30 <= clock.host_ms(lambda: time.sleep(next(naps))) < 150
 
 
 def test_the_cache_is_filled_by_reading(monkeypatch):
     """What zero_ wrote would be carried to memory within the call that is timed."""
     buffer = torch.arange(8, dtype=torch.int32)
-    monkeypatch.setattr(harness, "flush_buffer", lambda: buffer)
-    harness.flush()
+    monkeypatch.setattr(clock, "flush_buffer", lambda: buffer)
+    clock.flush()
     assert buffer._version == 0 and buffer.tolist() == list(range(8))
 
 
 @pytest.mark.parametrize("path", ["csrc/ops.cpp", "csrc/rows.h", "kernels/k.py", "fastmim/f.py"])
 def test_the_digest_is_that_of_all_sources(path, tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "ROOT", tmp_path)
-    monkeypatch.setattr(harness, "sources_digest", harness.sources_digest.__wrapped__)
-    before = harness.sources_digest()
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    monkeypatch.setattr(provenance, "sources_digest", provenance.sources_digest.__wrapped__)
+    before = provenance.sources_digest()
     (tmp_path / path).parent.mkdir(parents=True)
     (tmp_path / path).write_text("1")
-    one = harness.sources_digest()
+    one = provenance.sources_digest()
     (tmp_path / path).write_text("2")
-    assert len({before, one, harness.sources_digest()}) == 3
+    assert len({before, one, provenance.sources_digest()}) == 3
 
 
 @pytest.mark.parametrize(
@@ -209,18 +209,18 @@ def test_providers_are_chosen_and_the_absent_are_named(capsys):
 
 
 def test_rows_say_where_they_come_from(monkeypatch):
-    argv = [str(harness.ROOT / "benchmarks" / "x.py"), "--data", "/elsewhere/photographs", "--batch", "8"]
+    argv = [str(provenance.ROOT / "benchmarks" / "x.py"), "--data", "/elsewhere/photographs", "--batch", "8"]
     monkeypatch.setattr(sys, "argv", argv)
-    env = harness.environment()
+    env = provenance.environment()
     assert env["command"] == "python benchmarks/x.py --data photographs --batch 8"
     assert len(env["sources"]) == 12 and torch.__version__ in env["versions"].values()
     assert set(env) >= {"commit", "dirty", "sources", "device", "versions", "command", "time"}
-    assert str(harness.ROOT) not in json.dumps(env)
+    assert str(provenance.ROOT) not in json.dumps(env)
 
 
 def test_without_git_there_is_no_commit_but_the_digest_of_the_sources(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    env = harness.environment()
+    env = provenance.environment()
     assert env["commit"] is None and env["dirty"] is None and len(env["sources"]) == 12
 
 
@@ -301,6 +301,6 @@ def test_an_unknown_op_is_named(capsys):
 def test_importing_the_harness_needs_no_engine():
     code = "import sys, benchmarks.harness; print(*sorted({m.split('.')[0] for m in sys.modules}))"
     run = subprocess.run(
-        [sys.executable, "-c", code], cwd=harness.ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], cwd=provenance.ROOT, capture_output=True, text=True, check=True
     )
     assert set(run.stdout.split()) & {"deepspeed", "tyro", "nvidia", "PIL", "matplotlib"} == set()

@@ -11,9 +11,9 @@ import torch
 
 from benchmarks import engines
 from benchmarks.engines import AutocastEngine, WrongLoss
-from benchmarks.harness import ROOT
 from benchmarks.peers import race, timm_cmae, timm_mae, transformers_vitmae
 from benchmarks.peers.race import Peer, check_peer, noise_that_shows
+from benchmarks.provenance import ROOT
 from fastmim.methods import MAEConfig
 from fastmim.models.vit import Block
 from fastmim.optim import OptimConfig

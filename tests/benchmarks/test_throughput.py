@@ -13,8 +13,8 @@ from fastmim_kernels import native
 from benchmarks import engines, throughput
 from benchmarks.cost import beside
 from benchmarks.engines import PlainEngine, WrongLoss, check_method, check_step, first, step, synthetic
-from benchmarks.harness import ROOT
 from benchmarks.ledger import ledger
+from benchmarks.provenance import ROOT
 from fastmim.engine.ranks import Ranks
 from fastmim.methods import METHODS
 from fastmim.optim import OptimConfig, torch_adamw
