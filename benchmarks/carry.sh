@@ -8,7 +8,7 @@
 #                   that is cut into NAME.part-aa, .part-ab, ..., which the round joins again
 #
 # Runs where there is a network. With PyTorch, Triton, timm and transformers over there, base is all that the
-# stages up to the peers want; JPEG files want DALI as well.
+# stages up to the rivals want; JPEG files want DALI as well.
 set -euo pipefail
 out=${1:?usage: carry.sh OUT [PYTHON_VERSION] [MB]}
 python=${2:-3.12}

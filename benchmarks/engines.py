@@ -2,7 +2,7 @@
 
 Engines  deepspeed  that of real training, made by the same function
          plain      bf16 weights, fp32 master copy and moments in torch's fused AdamW: needs PyTorch alone
-         autocast   fp32 weights under autocast, as other code trains: what peers are run by
+         autocast   fp32 weights under autocast, as other code trains: what rivals are run by
 Check    loss and gradients of a few images, on the device against the reference ops in fp32 on the CPU; then
          the loss of the very step that is timed against the method run eagerly on the same batch. Tolerances
          are relative, of the loss and of the norm of all gradients together.
@@ -18,7 +18,7 @@ from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
-from fastmim_kernels import ema_update, sample_keys
+from fastmim_kernels import ema_update, sample_seeds
 from torch import Tensor, nn
 
 from benchmarks.provenance import DEVICE, NULL
@@ -131,7 +131,7 @@ class DeepSpeedEngine:
         )
         from fastmim.engine.teacher import Teacher
 
-        self.ranks = method.peers = start_process_group(DEVICE)
+        self.ranks = method.ranks = start_process_group(DEVICE)
         atexit.register(leave_process_group)
         batch = arguments.batch * self.ranks.world
         run = Run(
@@ -218,17 +218,17 @@ def make_engine(
 def synthetic(method: Method, channels: int, size: int, device: str = DEVICE) -> Batch:
     """A batch of noise: no two pixels alike, no value zero for long."""
     rng = torch.Generator(device).manual_seed(0)
-    views = tuple(
+    crops = tuple(
         torch.randint(0, 256, (size, *v.size, channels), generator=rng, dtype=torch.uint8, device=device)
-        for v in method.views
+        for v in method.crops
     )
     ids = torch.arange(size)
-    return Batch(views, sample_keys(0, 0, ids).to(device), ids, 0)
+    return Batch(crops, sample_seeds(0, 0, ids).to(device), ids, 0)
 
 
 def first(batch: Batch, size: int, device: str) -> Batch:
-    views = tuple(view[:size].to(device) for view in batch.views)
-    return Batch(views, batch.keys_B[:size].to(device), batch.ids_B[:size], batch.epoch)
+    crops = tuple(crop[:size].to(device) for crop in batch.crops)
+    return Batch(crops, batch.seeds_B[:size].to(device), batch.ids_B[:size], batch.epoch)
 
 
 def repeated(batch: Batch) -> Iterator[Batch]:

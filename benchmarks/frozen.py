@@ -10,7 +10,7 @@ How        the real command for each, recipe cifar10 (ViT-Ti, patch 4; batch nor
            batch, rate and length for all; then what `fastmim knn` and `fastmim ridge` do, on whole images.
            The health of those features is that of fastmim/methods/health.py: deviation of unit vectors
            times sqrt(D), effective rank.
-           cmae:mask is C-MAE with `--variant mask`: without colours, where the paper reports trouble.
+           cmae:mask is C-MAE with `--variant mask`: without colors, where the paper reports trouble.
 
 A row per method in benchmarks/results/frozen.jsonl, and frozen.png: loss, health in training, what was read.
 `--name` gives another pair of files their name.
@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.provenance import DEVICE, RESULTS, ROOT, append, environment
-from fastmim.engine.evaluate import labelled_features, load_encoder
+from fastmim.engine.evaluate import labeled_features, load_encoder
 from fastmim.engine.pictures import read_metrics, smoothed
 from fastmim.evals.knn import knn
 from fastmim.evals.ridge import ridge
@@ -70,8 +70,8 @@ def read(encoder: Path, data: Path, most: int, threads: int) -> dict[str, Any]:
     """Accuracies of both features, and the health of the test images'."""
     model = load_encoder(encoder)
     how: dict[str, Any] = {"fraction": 1.0, "most": most, "device": torch.device(DEVICE), "threads": threads}
-    known, labels, _ = labelled_features(model, data / "train", **how)
-    asked, truth, _ = labelled_features(model, data / "test", **how)
+    known, labels, _ = labeled_features(model, data / "train", **how)
+    asked, truth, _ = labeled_features(model, data / "test", **how)
     row: dict[str, Any] = {"train_images": len(labels), "test_images": len(truth)}
     for feature in known:
         both = known[feature], labels, asked[feature], truth
@@ -109,8 +109,8 @@ def draw(runs: dict[str, Path], rows: dict[str, dict[str, Any]], path: Path) -> 
         steps, values = read_metrics(run / "metrics.jsonl")
         axes[0].plot(steps, smoothed(values["loss"], 15), label=name)
         if "loss_chance" in values:
-            axes[0].plot(steps, values["loss_chance"], "--", color="grey", lw=1, label=f"{name}, chance")
-            axes[0].plot(steps, values["loss_floor"], ":", color="grey", lw=1, label=f"{name}, floor")
+            axes[0].plot(steps, values["loss_chance"], "--", color="gray", lw=1, label=f"{name}, chance")
+            axes[0].plot(steps, values["loss_floor"], ":", color="gray", lw=1, label=f"{name}, floor")
         for metric in ("feature_std", "positive_similarity", "negative_similarity"):
             if metric in values:
                 axes[1].plot(steps, smoothed(values[metric], 15), label=f"{name}, {metric}")

@@ -1,4 +1,4 @@
-"""All that one GPU is asked for, in one call: tests, kernels, whole steps, peers, JPEG to loss. Ten minutes.
+"""All that one GPU is asked for, in one call: tests, kernels, whole steps, rivals, JPEG to loss. Ten minutes.
 
 python benchmarks/gpu_round.py                       on a machine with a GPU
 python benchmarks/gpu_round.py --wheels FOLDER       packages it lacks, as wheels (carry.sh)

@@ -58,8 +58,8 @@ class Recorder(TorchDispatchMode):
         name = op._schema.name.split("::")[1]
         self.alive += [x.untyped_storage() for x in outputs]
         held = {memory(x) for x in inputs}
-        view = not op._schema.is_mutable and all(memory(x) in held for x in outputs)
-        if view or not outputs or name.startswith(FREE):
+        crop = not op._schema.is_mutable and all(memory(x) in held for x in outputs)
+        if crop or not outputs or name.startswith(FREE):
             return out
         owners = [self.weights.get(memory(x)) for x in inputs]
         if inputs and owners[0] and len(set(owners)) == 1:  # a weight that was cast or put in order
@@ -169,12 +169,12 @@ def traced(method: MethodConfig, model: ViTConfig, batch: int, precision: str) -
     method.check_batch(batch, 1)
     with torch.device("meta"), attention_that_serves():
         built = method.build(model).to(PRECISIONS[precision])
-        built.peers = Ranks.single()
-        views = tuple(torch.empty(batch, *v.size, model.channels, dtype=torch.uint8) for v in built.views)
+        built.ranks = Ranks.single()
+        crops = tuple(torch.empty(batch, *v.size, model.channels, dtype=torch.uint8) for v in built.crops)
         numbers = torch.empty(batch, dtype=torch.int64)
         recorder = Recorder(built)
         with recorder:
-            loss = built(Batch(views, numbers, numbers, 0)).loss
+            loss = built(Batch(crops, numbers, numbers, 0)).loss
             recorder.stage = "backward"
             loss.backward()
     return built, recorder.ops

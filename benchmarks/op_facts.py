@@ -89,7 +89,7 @@ def summed(rows: int) -> int:
 
 
 def runs(segments: Any) -> int:
-    """Neighbours of one length share a launch."""
+    """Neighbors of one length share a launch."""
     return 1 + sum(a != b for a, b in pairwise(segments))
 
 

@@ -79,7 +79,7 @@ def from_folder(
     images = find_images(folder)
     loader = Loader(
         images,
-        method.views,
+        method.crops,
         SampleOrder(len(images), arguments.batch),
         config=DataConfig(path=folder, decoder=arguments.decoder),
         channels=model.channels,
@@ -242,7 +242,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_work(p: argparse.ArgumentParser) -> None:
-    """The flags that peers share."""
+    """The flags that rivals share."""
     p.add_argument("--model", choices=VITS, default="vit_base")
     p.add_argument("--batch", type=int, default=256, help="images per GPU and step")
     p.add_argument("--precision", choices=DTYPES, default="bf16" if DEVICE == "cuda" else "fp32")
@@ -348,7 +348,7 @@ def main(command: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     config, model = configured(a, a.method)
     method = config.build(model)
-    method.peers = Ranks.single()  # for the check; the DeepSpeed engine has its own
+    method.ranks = Ranks.single()  # for the check; the DeepSpeed engine has its own
     few = synthetic(method, model.channels, check_images(method), "cpu")
     errors = {} if a.warm else check_method(method, few, a.precision)
     if a.compile:

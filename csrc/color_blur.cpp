@@ -70,8 +70,8 @@ class Blur {
   std::vector<uint8_t> line_, column_;
 };
 
-at::Tensor color_blur(const at::Tensor& images, const at::Tensor& boxes, const at::Tensor& solarise) {
-  const at::Tensor pixels = images.contiguous(), places = boxes.contiguous(), inverted = solarise.contiguous();
+at::Tensor color_blur(const at::Tensor& images, const at::Tensor& boxes, const at::Tensor& solarize) {
+  const at::Tensor pixels = images.contiguous(), places = boxes.contiguous(), inverted = solarize.contiguous();
   at::Tensor out = at::empty(images.sizes(), images.options());
   if (out.numel() == 0) return out;
   const int64_t size = out.numel() / out.size(0), H = out.size(1), W = out.size(2), C = out.size(3);

@@ -23,7 +23,7 @@ inline Ints blend(const Ints& base, const Ints& x, float factor) {
   return cut(choose(low > 255, Floats(255), low));
 }
 
-inline Ints grey_of(const Ints& r, const Ints& g, const Ints& b) { return (19595 * r + 38470 * g + 7471 * b + 32768) >> 16; }
+inline Ints gray_of(const Ints& r, const Ints& g, const Ints& b) { return (19595 * r + 38470 * g + 7471 * b + 32768) >> 16; }
 
 // Where Pillow's floats end below the multiple h of 1/255 that they are meant to reach.
 inline Ints falls_short(const Ints& h) {
@@ -57,7 +57,7 @@ class Jitter {
  public:
   explicit Jitter(int64_t count) : count_(count), size_((count + LANES - 1) / LANES * LANES), planes_(C * size_) {}
 
-  void operator()(const uint8_t* from, const int64_t* order, const float* factor, bool grey, bool solarise,
+  void operator()(const uint8_t* from, const int64_t* order, const float* factor, bool gray, bool solarize,
                   uint8_t* to) {
     uint8_t* plane = planes_.data();
     for (int64_t c = 0; c < C; ++c) {
@@ -65,15 +65,15 @@ class Jitter {
       std::fill(plane + c * size_ + count_, plane + (c + 1) * size_, 0);
     }
     for (int64_t place = 0; place < 4; ++place) stage(order[place], factor);
-    if (grey) each([](Ints& r, Ints& g, Ints& b) { r = g = b = level(r, g, b); });
-    if (solarise)
+    if (gray) each([](Ints& r, Ints& g, Ints& b) { r = g = b = level(r, g, b); });
+    if (solarize)
       for (int64_t i = 0; i < C * size_; ++i) plane[i] = plane[i] >= 128 ? 255 - plane[i] : plane[i];
     for (int64_t i = 0; i < count_; ++i)
       for (int64_t c = 0; c < C; ++c) to[C * i + c] = plane[c * size_ + i];
   }
 
  private:
-  static Ints level(const Ints& r, const Ints& g, const Ints& b) { return C == 1 ? r : grey_of(r, g, b); }
+  static Ints level(const Ints& r, const Ints& g, const Ints& b) { return C == 1 ? r : gray_of(r, g, b); }
 
   template <typename F>
   void each(F change) {
@@ -122,27 +122,27 @@ class Jitter {
 };
 
 template <int64_t C>
-void jitter_all(const at::Tensor& images, const int64_t* order, const float* factor, const bool* grey,
-                const bool* solarise, at::Tensor& out) {
+void jitter_all(const at::Tensor& images, const int64_t* order, const float* factor, const bool* gray,
+                const bool* solarize, at::Tensor& out) {
   const int64_t count = images.size(1) * images.size(2);
   const uint8_t* from = images.const_data_ptr<uint8_t>();
   uint8_t* to = out.mutable_data_ptr<uint8_t>();
   at::parallel_for(0, images.size(0), 1, [&](int64_t begin, int64_t end) {
     Jitter<C> jitter(count);
     for (int64_t b = begin; b < end; ++b)
-      jitter(from + b * count * C, order + 4 * b, factor + 4 * b, grey[b], solarise[b], to + b * count * C);
+      jitter(from + b * count * C, order + 4 * b, factor + 4 * b, gray[b], solarize[b], to + b * count * C);
   });
 }
 
 at::Tensor color_jitter(const at::Tensor& images, const at::Tensor& order, const at::Tensor& factors,
-                        const at::Tensor& grey, const at::Tensor& solarise) {
+                        const at::Tensor& gray, const at::Tensor& solarize) {
   const at::Tensor pixels = images.contiguous(), stages = order.contiguous(), strengths = factors.contiguous();
-  const at::Tensor greys = grey.contiguous(), inverted = solarise.contiguous();
+  const at::Tensor grays = gray.contiguous(), inverted = solarize.contiguous();
   at::Tensor out = at::empty(images.sizes(), images.options());
   if (out.numel() == 0) return out;
   const auto all = images.size(3) == 1 ? jitter_all<1> : jitter_all<3>;
   TORCH_CHECK(images.size(3) == 1 || images.size(3) == 3, "want 1 or 3 channels, got ", images.size(3));
-  all(pixels, stages.const_data_ptr<int64_t>(), strengths.const_data_ptr<float>(), greys.const_data_ptr<bool>(),
+  all(pixels, stages.const_data_ptr<int64_t>(), strengths.const_data_ptr<float>(), grays.const_data_ptr<bool>(),
       inverted.const_data_ptr<bool>(), out);
   return out;
 }

@@ -23,10 +23,10 @@ TORCH_LIBRARY_FRAGMENT(fastmim, m) {
   m.def("native_resized_crop(Tensor[] images, Tensor boxes, Tensor flips, int height, int width, int support) -> Tensor");
 
   // color_jitter.cpp: order int64 [B, 4], factors fp32 [B, 4]
-  m.def("native_color_jitter(Tensor images, Tensor order, Tensor factors, Tensor grey, Tensor solarise) -> Tensor");
+  m.def("native_color_jitter(Tensor images, Tensor order, Tensor factors, Tensor gray, Tensor solarize) -> Tensor");
 
   // color_blur.cpp: boxes int64 [B, 3], whole pixels (-1: leave) and weights
-  m.def("native_color_blur(Tensor images, Tensor boxes, Tensor solarise) -> Tensor");
+  m.def("native_color_blur(Tensor images, Tensor boxes, Tensor solarize) -> Tensor");
 
   // info_nce.cpp
   m.def("native_info_nce(Tensor q, Tensor k, float temperature, int label_offset, bool normalize, Tensor? labels=None) -> (Tensor, Tensor)");

@@ -61,7 +61,7 @@ class Patches {
   std::vector<float> scale_, shift_;
 };
 
-// Reads normalised rows, one thread's own.
+// Reads normalized rows, one thread's own.
 class PatchReader {
  public:
   PatchReader(const Patches& patches, at::ScalarType dtype)

@@ -16,7 +16,7 @@ struct PixLoss {
   int64_t distance;
   float beta;
 
-  // The target becomes its normalised self, in place.
+  // The target becomes its normalized self, in place.
   void prepare(float* t) const {
     if (!normalize) return;
     const float mean = sum(t) / width;
@@ -24,10 +24,10 @@ struct PixLoss {
     float rest = 0, square = 0;
     int64_t i = 0;
     for (; i + LANES <= width; i += LANES) {
-      const Floats centred = load(t + i) - mean;
-      lanes += centred;
-      squares += centred * centred;
-      store(t + i, centred);
+      const Floats centerd = load(t + i) - mean;
+      lanes += centerd;
+      squares += centerd * centerd;
+      store(t + i, centerd);
     }
     for (; i < width; ++i) {
       t[i] -= mean;

@@ -36,7 +36,7 @@ ONE_START = {"resume", "allow-changes", "print-config"}  # flags that say nothin
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """Pre-train a vision transformer by masked image modelling.
+    """Pre-train a vision transformer by masked image modeling.
 
     Without --data.path the embedded sample set is trained on, with a model small enough for two CPU cores.
     """

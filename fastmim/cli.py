@@ -4,7 +4,7 @@ fastmim train --method rmae             what `python fastmim/train.py` does, in 
 fastmim export RUN_DIR mae.pth          a run's weights as a checkpoint of facebookresearch/mae
 fastmim data pack SRC DST               a set as tar shards, which are read fastest (--short-side 256)
 fastmim data verify|index|stats PATH    which images are bad; index it anew; what it is like
-fastmim knn RUN_DIR --train A --test B  how well nearest neighbours read its frozen features; also: ridge
+fastmim knn RUN_DIR --train A --test B  how well nearest neighbors read its frozen features; also: ridge
 fastmim doctor [--json]                 what this machine will run on, and why
 """
 
@@ -62,7 +62,7 @@ def data(arguments: list[str]) -> None:
         "--decoder", choices=("dali", "pillow"), default="dali", help="that of the run (default: dali)"
     )
     index = commands.add_parser("index", help="index a set anew", description="Index a set anew.")
-    stats = commands.add_parser("stats", help="what a set is like", description="Counts, sizes, colours.")
+    stats = commands.add_parser("stats", help="what a set is like", description="Counts, sizes, colors.")
     stats.add_argument("--json", action="store_true", help="as JSON, with every class")
     for command in (verify, index, stats):
         command.add_argument("path", type=Path, metavar="PATH", help="folder, list, tar or Parquet shards")
@@ -85,11 +85,11 @@ def data(arguments: list[str]) -> None:
 
 def probe(name: str, arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog=f"fastmim {name}", description="Read an encoder's frozen features of labelled images."
+        prog=f"fastmim {name}", description="Read an encoder's frozen features of labeled images."
     )
     parser.add_argument("run_dir", type=Path, help="a run directory, or an encoder.safetensors")
-    parser.add_argument("--train", type=Path, required=True, help="labelled images to read from")
-    parser.add_argument("--test", type=Path, required=True, help="labelled images to be read")
+    parser.add_argument("--train", type=Path, required=True, help="labeled images to read from")
+    parser.add_argument("--test", type=Path, required=True, help="labeled images to be read")
     parser.add_argument(
         "--crop", type=float, default=224 / 256, help="central part of the short side (0.875)"
     )

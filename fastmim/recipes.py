@@ -153,7 +153,7 @@ def columns_of_table_5(
 
     deepspeed fastmim/train.py --method cmae --variant mask+cutmix --model vit_small --data.path IMAGENET-100
     The accuracy is that of ViT-S on ImageNet-100 after 100 epochs of each; the order of the columns is
-    reconstructed, as the published table marks them by colours.
+    reconstructed, as the published table marks them by colors.
     """
     return {
         name: Variant(

@@ -1,4 +1,4 @@
-"""Pre-train by masked image modelling.
+"""Pre-train by masked image modeling.
 
 deepspeed fastmim/train.py --method rmae
 """

@@ -39,7 +39,7 @@ LONGEST_FIRST = (
     "tests/data/test_everywhere.py",
     "tests/engine/test_resume.py",
     "tests/engine/test_interrupt.py",
-    "tests/benchmarks/test_peers.py",
+    "tests/benchmarks/test_rivals.py",
     "tests/benchmarks/test_harness.py",
     "tests/data/test_bad_samples.py",
     "tests/methods/test_cmae.py",

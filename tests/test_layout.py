@@ -75,7 +75,7 @@ def test_the_base_needs_torch_and_triton_only():
         "import torch, fastmim_kernels as k\n"
         "rows = torch.ones(2, 4, requires_grad=True)\n"
         "k.norm_pix_loss(rows, torch.rand(2, 4)).sum().backward()\n"
-        "k.split_patches(k.sample_keys(0, 0, torch.arange(2)), 4, 1)\n"
+        "k.split_patches(k.sample_seeds(0, 0, torch.arange(2)), 4, 1)\n"
         "try: k.apply(torch.nn.Linear(2, 2))\nexcept ValueError as error: print(error)"
     )
     environment = {

@@ -1,7 +1,7 @@
 """The side of pytest in benchmarks.gpu.tests, as a plugin: takes tests from a queue, tells what came of them.
 
 All processes collect the same tests in the same order. A counter in a locked file says which is the next that
-nobody has taken; a few are taken at once, so that neighbours share their fixtures. What happens is a line of
+nobody has taken; a few are taken at once, so that neighbors share their fixtures. What happens is a line of
 JSON in a common file: who took what, what begins, how it ended.
 """
 

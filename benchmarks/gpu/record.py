@@ -115,7 +115,7 @@ def table(rows: Sequence[dict[str, Any]], troubles: Sequence[str]) -> str:
     """What was measured, what was done, and what was not; what matters most comes last."""
     parts = [row for row in rows if row["file"] == ROUND]
     figures = [row for row in rows if row["file"] != ROUND]
-    steps = ("throughput.jsonl", "step_profile.jsonl", "peers.jsonl")
+    steps = ("throughput.jsonl", "step_profile.jsonl", "rivals.jsonl")
     figures.sort(key=lambda row: steps.index(row["file"]) if row["file"] in steps else -1)
     lines = ["", "measured", *(f"  {described(row)}" for row in figures)]
     lines += ["", "   took  of      part"]

@@ -11,7 +11,7 @@ OPS = (
     "attention", "info_nce", "norm_pix_loss_image", "add_layer_norm", "bias_gelu", "gather_patches",
     "restore_tokens", "gather_tokens", "split_patches", "ema_update", "color_jitter", "resized_crop",
 )  # fmt: skip
-PEERS = ("transformers_vitmae", "timm_mae", "timm_cmae")  # the package before the underscore
+RIVALS = ("transformers_vitmae", "timm_mae", "timm_cmae")  # the package before the underscore
 FIRST_TESTS = (
     "attention",
     "attention_tile",
@@ -32,7 +32,7 @@ def module(name: str, arguments: str = "") -> tuple[str, ...]:
 def full(scratch: Path) -> list[Stage]:
     step = "--seconds 2 --steps 20"
     base = f"--model vit_base --batch 1024 {step}"
-    compiled = (ours_compiled(f"{base} --fit"), *peers(f"{base} --compile", PEERS[1:2]))
+    compiled = (ours_compiled(f"{base} --fit"), *rivals(f"{base} --compile", RIVALS[1:2]))
     return [
         Stage("prepare", 0.10, prepare(("vit_base", "vit_large")), least_s=15, always=True),
         Stage(
@@ -42,7 +42,7 @@ def full(scratch: Path) -> list[Stage]:
         Stage("step", 0.06, (profiled("mae", f"{base} --fit"),), least_s=15),
         Stage("methods", 0.24, methods(("vit_base", "vit_large"), f"--batch 1024 --fit {step}"), least_s=7),
         Stage("kernels", 0.10, kernels("--rounds 3"), least_s=2.5),
-        Stage("peers", 0.08, peers(f"{base} --no-compile"), least_s=10),
+        Stage("rivals", 0.08, rivals(f"{base} --no-compile"), least_s=10),
         Stage("compile", 0.10, compiled, least_s=20),
         Stage(
             "jpeg", 0.03, jpeg(scratch, 512, "--rounds 2 --seconds 1", f"--model vit_base {step}"), least_s=4
@@ -60,7 +60,7 @@ def quick(scratch: Path) -> list[Stage]:
         Stage("step", 0.16, (profiled("mae", f"{step} --fit"),), least_s=12),
         Stage("methods", 0.20, methods(("vit_base",), f"{step} --fit")[1:], least_s=6),
         Stage("kernels", 0.20, kernels("--quick"), least_s=1.5),
-        Stage("peers", 0.10, peers(f"{step} --no-compile", PEERS[:1]), least_s=8),
+        Stage("rivals", 0.10, rivals(f"{step} --no-compile", RIVALS[:1]), least_s=8),
     ]
 
 
@@ -82,7 +82,7 @@ def rehearsal(scratch: Path) -> list[Stage]:
         Stage("step", 0.10, (profiled("mae", f"{step} --engine plain"),), least_s=1),
         Stage("methods", 0.18, methods((), f"{step} --fit"), least_s=1),
         Stage("kernels", 0.10, kernels("--quick --providers fastmim")[-1:], least_s=1),
-        Stage("peers", 0.10, peers(f"{step} --no-compile --engine plain"), least_s=1),
+        Stage("rivals", 0.10, rivals(f"{step} --no-compile --engine plain"), least_s=1),
         Stage("compile", 0.05, (ours_compiled(f"{step} --engine plain"),), least_s=1),
         Stage("jpeg", 0.10, jpeg(scratch, 8, "--rounds 1 --seconds 1", step), least_s=1),
     ]
@@ -146,12 +146,12 @@ def kernels(flags: str) -> tuple[Part, ...]:
     )
 
 
-def peers(flags: str, names: Sequence[str] = PEERS) -> tuple[Part, ...]:
+def rivals(flags: str, names: Sequence[str] = RIVALS) -> tuple[Part, ...]:
     parts = []
     for name in names:
         package = name.partition("_")[0]
         patched = "--apply" if package == "transformers" else ""
-        command = module(f"benchmarks.peers.{name}", f"{flags} {patched}")
+        command = module(f"benchmarks.rivals.{name}", f"{flags} {patched}")
         parts.append(Part(name, command, needs=(package,)))
     return tuple(parts)
 

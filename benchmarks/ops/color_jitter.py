@@ -1,4 +1,4 @@
-"""The colours of one batch of 224 pixels: SimSiam's jitter and greyscale, BYOL's blur.
+"""The colors of one batch of 224 pixels: SimSiam's jitter and grayscale, BYOL's blur.
 
 Question   what do two launches for a whole batch, or passes over bytes that stay in the cache, save over
            Pillow, image by image, whose pixels they are?
@@ -18,7 +18,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from fastmim_kernels import color_blur, color_jitter, sample_keys
+from fastmim_kernels import color_blur, color_jitter, sample_seeds
 from fastmim_kernels.color_blur import color_blur_reference
 from fastmim_kernels.color_jitter import color_jitter_reference
 from torch import Tensor
@@ -34,7 +34,7 @@ Run = Callable[[Tensor, ColorDraws], Tensor]
 
 
 def eager_jitter(images: Tensor, d: ColorDraws) -> Tensor:
-    return color_jitter_reference(images, d.order_B4, d.factors_B4, d.grey_B, d.solarise_B)
+    return color_jitter_reference(images, d.order_B4, d.factors_B4, d.gray_B, d.solarize_B)
 
 
 def pillow_jitter(images: Tensor, d: ColorDraws) -> Tensor:
@@ -52,7 +52,7 @@ def pillow_jitter(images: Tensor, d: ColorDraws) -> Tensor:
                 x = Image.merge("HSV", (h, s, v)).convert("RGB")
             elif stage >= 0:
                 x = enhance[stage](x).enhance(factor)
-        x = x.convert("L").convert("RGB") if d.grey_B[b] else x
+        x = x.convert("L").convert("RGB") if d.gray_B[b] else x
         out[b] = torch.from_numpy(np.array(x))
     return out
 
@@ -71,10 +71,10 @@ GROUPS: dict[str, dict[str, Run]] = {
     "jitter": {
         "eager": eager_jitter,
         "pillow": pillow_jitter,
-        "fastmim": lambda x, d: color_jitter(x, d.order_B4, d.factors_B4, grey_B=d.grey_B),
+        "fastmim": lambda x, d: color_jitter(x, d.order_B4, d.factors_B4, gray_B=d.gray_B),
     },
     "blur": {
-        "eager": lambda x, d: color_blur_reference(x, d.sigmas_B, d.solarise_B),
+        "eager": lambda x, d: color_blur_reference(x, d.sigmas_B, d.solarize_B),
         "pillow": pillow_blur,
         "fastmim": lambda x, d: color_blur(x, d.sigmas_B),
     },
@@ -107,9 +107,9 @@ def oracle(call: Run, images: Tensor, draws: ColorDraws) -> tuple[Tensor, ...]:
 
 def cases() -> Iterator[list[Case]]:
     for count in IMAGES:
-        images, keys = photographs(count).to(DEVICE), sample_keys(0, 0, torch.arange(count))
+        images, seeds = photographs(count).to(DEVICE), sample_seeds(0, 0, torch.arange(count))
         for mode, providers in GROUPS.items():
-            draws = draw_colors(keys, SIMSIAM if mode == "jitter" else BYOL_FIRST)
+            draws = draw_colors(seeds, SIMSIAM if mode == "jitter" else BYOL_FIRST)
             yield [
                 Case(
                     op="color_jitter",

@@ -1,10 +1,10 @@
 """gather_patches as MAE's patch embedding wants it: 49 of the 196 patches of each uint8 image.
 
-Question   what does one pass from uint8 to normalised rows save over normalising and gathering apart?
+Question   what does one pass from uint8 to normalized rows save over normalizing and gathering apart?
 Expected   memory bound: one byte read, two written per value on a GPU. 90 % of a copy's bandwidth, 1.3x over
            compile. The float image with its gradient is the case of those who augment on the device.
-Baselines  the reference, eager and compiled whole. It gathers first and normalises what it gathered; the
-           provider "whole" normalises and cuts up the whole image first, as MAE's own code does.
+Baselines  the reference, eager and compiled whole. It gathers first and normalizes what it gathered; the
+           provider "whole" normalizes and cuts up the whole image first, as MAE's own code does.
 Bytes      chosen pixels read once, rows written once; backward: rows read once, the image's gradient written
            once, all of it.
 """

@@ -7,7 +7,7 @@ Expected   compute bound: two products of B x N x G x D. Per position at batch 4
            On a CPU the products are as fast as eager's, and what is won is what eager spends on writing
            and reading logits: extra memory at most 1/20 per position, and at most 200 MB for all tokens.
 Baselines  the reference with its casts to fp32, eager and compiled whole. "autocast" is what a model in bf16
-           runs: rows normalised in fp32, their product in bf16, the softmax in fp32; in fp32 it is eager.
+           runs: rows normalized in fp32, their product in bf16, the softmax in fp32; in fp32 it is eager.
            "chunks" is autocast for some rows at a time, each with its backward: what one would write where
            the logits do not fit. A provider whose logits do not fit three times is absent, and says so.
 FLOP       4 B N G D: the logits, and the gradient of the queries. Keys are a teacher's and get none.

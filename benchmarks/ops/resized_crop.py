@@ -1,13 +1,13 @@
-"""Random boxes of images of ImageNet's usual size, resized to a view: DINO's small, BEiT's second, MAE's.
+"""Random boxes of images of ImageNet's usual size, resized to a crop: DINO's small, BEiT's second, MAE's.
 
 Question   what does one call for images of any sizes save over Pillow, image by image, whose pixels they are?
 Expected   four products for each byte of the box, of Lanczos six, whatever it shrinks by: on a GPU less than
-           the bytes cost. On a CPU up to twice Pillow's speed, and no more than that of Pillow where the view
+           the bytes cost. On a CPU up to twice Pillow's speed, and no more than that of Pillow where the crop
            is small: there most of the time goes into unpacking the box.
 Baselines  "eager" is the reference, image by image; "pillow" is crop, resize and transpose, from arrays and
            back, on a CPU alone, rows first as the op takes them.
 Check      the reference on the CPU; all agree to the last bit.
-Bytes      the boxes read once, the views written once.
+Bytes      the boxes read once, the crops written once.
 """
 
 import importlib.util
@@ -16,18 +16,18 @@ from functools import partial
 
 import numpy as np
 import torch
-from fastmim_kernels import resized_crop, sample_keys
+from fastmim_kernels import resized_crop, sample_seeds
 from fastmim_kernels.resized_crop import Filter, resized_crop_reference
 from torch import Tensor
 
 from benchmarks.harness import Case
 from benchmarks.provenance import DEVICE
 from fastmim.data.crop import draw_boxes
-from fastmim.views import View
+from fastmim.views import Crop
 
 HEIGHT, WIDTH = 375, 500
 COUNT = 64 if DEVICE == "cuda" else 16
-VIEWS: tuple[tuple[int, Filter], ...] = (
+CROPS: tuple[tuple[int, Filter], ...] = (
     (96, "bicubic"),
     (112, "lanczos"),
     (224, "bicubic"),
@@ -77,9 +77,9 @@ def oracle(images: Sequence[Tensor], *inputs: object) -> tuple[Tensor, ...]:
 
 def cases() -> Iterator[list[Case]]:
     images = list(torch.randint(0, 256, (COUNT, HEIGHT, WIDTH, 3), dtype=torch.uint8).to(DEVICE))
-    keys, sizes = sample_keys(0, 0, torch.arange(COUNT)), np.tile([[HEIGHT, WIDTH]], (COUNT, 1))
-    for side, filter in VIEWS:
-        boxes, flips = map(torch.from_numpy, draw_boxes(keys, sizes, View(size=(side, side))))
+    seeds, sizes = sample_seeds(0, 0, torch.arange(COUNT)), np.tile([[HEIGHT, WIDTH]], (COUNT, 1))
+    for side, filter in CROPS:
+        boxes, flips = map(torch.from_numpy, draw_boxes(seeds, sizes, Crop(size=(side, side))))
         inputs = images, boxes.long(), flips, side, filter
         read = int((inputs[1][:, 2] * inputs[1][:, 3]).sum()) * 3
         yield [

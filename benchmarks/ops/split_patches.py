@@ -13,7 +13,7 @@ Baselines  "eager" is the reference; "rand" is the usual form (torch.rand, argso
            and copies the batch of masks to the device.
 Check      the draws of the usual forms are others, so what is compared is what every form must give: each
            patch once in seen and hidden, and the number hidden. tests/ops compares the bits.
-Bytes      8 * B of keys read; 8 * B * N of indices written, or B * N of mask.
+Bytes      8 * B of seeds read; 8 * B * N of indices written, or B * N of mask.
 """
 
 import math
@@ -26,7 +26,7 @@ from fastmim_kernels import (
     block_mask,
     num_hidden,
     num_seen,
-    sample_keys,
+    sample_seeds,
     split_patches,
     split_patches_grouped,
 )
@@ -46,14 +46,14 @@ MIN_AREA, ASPECT = 16, (0.3, 1 / 0.3)
 Split = tuple[Tensor, Tensor]
 
 
-def rand(keys: Tensor) -> Split:
-    order = torch.rand(len(keys), N, device=keys.device).argsort(dim=1)
+def rand(seeds: Tensor) -> Split:
+    order = torch.rand(len(seeds), N, device=seeds.device).argsort(dim=1)
     return order[:, :SEEN].sort(dim=1).values, order[:, SEEN:].sort(dim=1).values
 
 
-def rand_cells(keys: Tensor) -> Split:
-    order = torch.rand(len(keys), CELLS, device=keys.device).argsort(dim=1)
-    hidden = torch.zeros(len(keys), CELLS, dtype=torch.bool, device=keys.device)
+def rand_cells(seeds: Tensor) -> Split:
+    order = torch.rand(len(seeds), CELLS, device=seeds.device).argsort(dim=1)
+    hidden = torch.zeros(len(seeds), CELLS, dtype=torch.bool, device=seeds.device)
     hidden.scatter_(1, order[:, SEEN_CELLS:], True)
     cells = hidden.view(-1, SIDE // UNIT, SIDE // UNIT)
     patches = cells.repeat_interleave(UNIT, 1).repeat_interleave(UNIT, 2).flatten(1)
@@ -62,8 +62,8 @@ def rand_cells(keys: Tensor) -> Split:
     return order[:, :seen], order[:, seen:]
 
 
-def loop(keys: Tensor) -> Tensor:
-    return torch.tensor([draw_blocks() for _ in range(len(keys))], device=keys.device)
+def loop(seeds: Tensor) -> Tensor:
+    return torch.tensor([draw_blocks() for _ in range(len(seeds))], device=seeds.device)
 
 
 def draw_blocks() -> list[bool]:
@@ -84,33 +84,33 @@ def draw_blocks() -> list[bool]:
     return hidden
 
 
-def eager_blocks(keys: Tensor) -> Tensor:
-    targets = torch.full_like(keys, BLOCKS << STEP_BITS)
-    return block_mask_reference(keys, targets, (SIDE, SIDE), MIN_AREA, N, ASPECT, 0, MAX_TRIES, 0)
+def eager_blocks(seeds: Tensor) -> Tensor:
+    targets = torch.full_like(seeds, BLOCKS << STEP_BITS)
+    return block_mask_reference(seeds, targets, (SIDE, SIDE), MIN_AREA, N, ASPECT, 0, MAX_TRIES, 0)
 
 
 GROUPS: dict[str, dict[str, Callable[[Tensor], Split | Tensor]]] = {
     "patches": {
-        "eager": lambda keys: split_patches_reference(keys, N, SEEN, 0),
+        "eager": lambda seeds: split_patches_reference(seeds, N, SEEN, 0),
         "rand": rand,
-        "fastmim": lambda keys: split_patches(keys, N, SEEN),
+        "fastmim": lambda seeds: split_patches(seeds, N, SEEN),
     },
     "cells": {
-        "eager": lambda keys: split_patches_grouped_reference(keys, (SIDE, SIDE), UNIT, SEEN_CELLS, 0),
+        "eager": lambda seeds: split_patches_grouped_reference(seeds, (SIDE, SIDE), UNIT, SEEN_CELLS, 0),
         "rand": rand_cells,
-        "fastmim": lambda keys: split_patches_grouped(keys, (SIDE, SIDE), UNIT, CELLS - SEEN_CELLS),
+        "fastmim": lambda seeds: split_patches_grouped(seeds, (SIDE, SIDE), UNIT, CELLS - SEEN_CELLS),
     },
     "blocks": {
         "eager": eager_blocks,
         "loop": loop,
-        "fastmim": lambda keys: block_mask(keys, (SIDE, SIDE), BLOCKS, exact=True),
+        "fastmim": lambda seeds: block_mask(seeds, (SIDE, SIDE), BLOCKS, exact=True),
     },
 }
 
 
-def run(draw: Callable[[Tensor], Split | Tensor], keys: Tensor) -> tuple[Tensor, ...]:
+def run(draw: Callable[[Tensor], Split | Tensor], seeds: Tensor) -> tuple[Tensor, ...]:
     """What all draws have in common, in two or three small launches more, for every provider alike."""
-    result = draw(keys)
+    result = draw(seeds)
     if isinstance(result, Tensor):
         return (result.sum(1),)
     seen, hidden = result
@@ -119,7 +119,7 @@ def run(draw: Callable[[Tensor], Split | Tensor], keys: Tensor) -> tuple[Tensor,
 
 def cases() -> Iterator[list[Case]]:
     for images in IMAGES:
-        keys = sample_keys(0, 0, torch.arange(images, device=DEVICE))
+        seeds = sample_seeds(0, 0, torch.arange(images, device=DEVICE))
         for mode, providers in GROUPS.items():
             yield [
                 Case(
@@ -129,7 +129,7 @@ def cases() -> Iterator[list[Case]]:
                     shape={"B": images, "N": N},
                     dtype="bool" if mode == "blocks" else "int64",
                     bytes_moved=images * (8 + N * (1 if mode == "blocks" else 8)),
-                    run=partial(run, draw, keys),
+                    run=partial(run, draw, seeds),
                 )
                 for provider, draw in providers.items()
             ]

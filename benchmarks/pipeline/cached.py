@@ -1,4 +1,4 @@
-"""Views from decoded images: images per second from a set in memory to uint8 batches on the training device.
+"""Crops from decoded images: images per second from a set in memory to uint8 batches on the training device.
 
 python -m benchmarks.pipeline.cached CIFAR10/train
 
@@ -69,8 +69,8 @@ def baseline(folder: Path, batch: int, threads: int, size: int) -> Iterator[Tens
         num_workers=threads,
         pin_memory=DEVICE == "cuda",
     )
-    for views in loader:
-        yield views.to(DEVICE, non_blocking=True)
+    for crops in loader:
+        yield crops.to(DEVICE, non_blocking=True)
 
 
 # --- ours -------------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folder", type=Path, help="a set that fits in memory")
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--size", type=int, default=32, help="of a view, in pixels")
+    parser.add_argument("--size", type=int, default=32, help="of a crop, in pixels")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--seconds", type=float, default=5.0, help="of each turn")
     parser.add_argument("--rounds", type=int, default=3)

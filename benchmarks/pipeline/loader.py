@@ -11,8 +11,8 @@ Expected   DALI decodes only the box that is wanted, and resized_crop takes a th
            `fastmim data pack --short-side 256` writes.
 Baseline   dataloader: what main_pretrain.py of facebookresearch/mae has. torch.utils.data.DataLoader with a
            process per core: Pillow decodes the whole image, then torchvision's RandomResizedCrop (bicubic),
-           RandomHorizontalFlip, ToTensor and Normalize. It delivers float images, normalised; ours are uint8,
-           which `gather_patches` normalises on the device as it reads them, in the time of the step.
+           RandomHorizontalFlip, ToTensor and Normalize. It delivers float images, normalized; ours are uint8,
+           which `gather_patches` normalizes on the device as it reads them, in the time of the step.
 Others     dataloader_uint8 stops before the conversion: the same work as ours. dali_plain is DALI's own
            graph: its reader, its random crop, its bicubic resize, which is another filter than Pillow's.
            `_packed` reads the shards of --packed.
@@ -68,10 +68,10 @@ def rate(
 ) -> float:
     """Images per second that come, past the first. Checks that they are images."""
     for _ in range(WARM_UP):
-        views = next(batches)
+        crops = next(batches)
     contrast = 1.0 if dtype == torch.uint8 else 1 / 64
-    if views.shape != shape or views.dtype != dtype or not views.float().std() >= contrast:
-        raise ValueError(f"want {dtype} images {shape}, got {views.dtype} {tuple(views.shape)}")
+    if crops.shape != shape or crops.dtype != dtype or not crops.float().std() >= contrast:
+        raise ValueError(f"want {dtype} images {shape}, got {crops.dtype} {tuple(crops.shape)}")
     synchronize()
     start, count = time.perf_counter(), 0
     while count < 2 or time.perf_counter() - start < seconds:

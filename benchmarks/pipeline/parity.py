@@ -2,7 +2,7 @@
 
 python -m benchmarks.pipeline.parity IMAGENET/train --images 100
 
-Question   where does an image differ, from the bytes of its file to the view that a method sees, from what
+Question   where does an image differ, from the bytes of its file to the crop that a method sees, from what
            torchvision's transforms make of it on PIL images, and by how much? Do boxes follow the same law?
            What becomes of files that are no plain JPEG?
 Expected   equal to the last bit, but for the decoder where DALI's is not Pillow's, and for boxes that Pillow
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from fastmim_kernels import resized_crop, sample_keys
+from fastmim_kernels import resized_crop, sample_seeds
 from PIL import Image
 from torch import Tensor
 
@@ -33,28 +33,28 @@ from fastmim.data import Images, find_images, why_no_dali
 from fastmim.data.color import apply_colors, draw_colors
 from fastmim.data.crop import draw_boxes
 from fastmim.data.decoder import Request, make_decoder
-from fastmim.data.draws import Draws, draw_views
+from fastmim.data.draws import Draws, draw_crops
 from fastmim.data.header import BadImage, image_size
-from fastmim.views import BYOL_SECOND, C_MAE, Color, View
+from fastmim.views import BYOL_SECOND, C_MAE, Color, Crop
 
 SAMPLE = ROOT.parent / "shared" / "data" / "imagenet-sample-100.tar"
 LEAST_P = 1e-4  # of fifteen tests: a sound law is below it once in 700 runs
 RESIZES = (("bicubic", 224), ("bilinear", 224), ("lanczos", 112))
-PLAIN = View(size=(224, 224))
+PLAIN = Crop(size=(224, 224))
 ALONE = {
     "brightness": Color(brightness=0.4, jitter=1.0),
     "contrast": Color(contrast=0.4, jitter=1.0),
     "saturation": Color(saturation=0.4, jitter=1.0),
     "hue": Color(hue=0.1, jitter=1.0),
-    "greyscale": Color(grey=1.0),
+    "grayscale": Color(gray=1.0),
     "blur": Color(blur=1.0),
-    "solarise": Color(solarise=1.0),
+    "solarize": Color(solarize=1.0),
 }
 CHAINS = {
     "MAE": PLAIN,
-    "C-MAE": View(size=(224, 224), color=C_MAE),
-    "BYOL, second": View(size=(224, 224), scale=(0.08, 1.0), color=BYOL_SECOND),
-    "BEiT, second": View(size=(112, 112), scale=(0.08, 1.0), interpolation="lanczos"),
+    "C-MAE": Crop(size=(224, 224), color=C_MAE),
+    "BYOL, second": Crop(size=(224, 224), scale=(0.08, 1.0), color=BYOL_SECOND),
+    "BEiT, second": Crop(size=(112, 112), scale=(0.08, 1.0), interpolation="lanczos"),
 }
 PILLOW, VISION = "Pillow", "torchvision"
 
@@ -73,7 +73,7 @@ def samples_of(images: Images, count: int) -> Iterator[Sample]:
     for i in range(min(count, len(images))):
         try:
             data = images.read(i)
-            key, size = sample_keys(0, 0, torch.tensor([i])), np.array([image_size(data)])
+            key, size = sample_seeds(0, 0, torch.tensor([i])), np.array([image_size(data)])
             yield Sample(Path(images.names[i]).stem, data, key, size, reference.decoded(data))
         except (BadImage, OSError) as error:
             print(f"left out: {images.names[i]}: {error}", file=sys.stderr)
@@ -87,14 +87,14 @@ def pixels(image: Image.Image) -> Tensor:
 
 
 def compare_decoders(samples: Sequence[Sample], found: reference.Comparisons) -> None:
-    """What our decoders make of a file, whole and of a box, in colour and in grey."""
+    """What our decoders make of a file, whole and of a box, in color and in gray."""
     boxes = [draw_boxes(s.key_1, s.size_12, PLAIN)[0] for s in samples]
     for decoder in decoders():
         equal = decoder == "pillow"
         for channels, mode in ((3, "RGB"), (1, "L")):
             wholes = parity_files.decode(decoder, [s.data for s in samples], channels=channels)
             for s, ours in zip(samples, wholes, strict=True):
-                stage = f"decode{'' if channels == 3 else ' to grey'}, {decoder}"
+                stage = f"decode{'' if channels == 3 else ' to gray'}, {decoder}"
                 theirs = s.image if channels == 3 else reference.decoded(s.data, mode)
                 found.add(stage, PILLOW, s.name, ours, theirs, equal)
         cuts = parity_files.decode(decoder, [s.data for s in samples], np.concatenate(boxes))
@@ -105,7 +105,7 @@ def compare_decoders(samples: Sequence[Sample], found: reference.Comparisons) ->
 
 
 def compare_resizes(s: Sample, found: reference.Comparisons) -> Image.Image:
-    """Box, resize and flip of the same pixels. The view without flip, as torchvision makes it."""
+    """Box, resize and flip of the same pixels. The crop without flip, as torchvision makes it."""
     (boxes, _), yes = draw_boxes(s.key_1, s.size_12, PLAIN), torch.tensor([True])
     box = tuple(boxes[0].tolist())
     for filter, side in RESIZES:
@@ -120,31 +120,31 @@ def compare_resizes(s: Sample, found: reference.Comparisons) -> Image.Image:
     return reference.cropped(s.image, box, PLAIN.size, "bicubic")
 
 
-def compare_colors(s: Sample, view: Image.Image, found: reference.Comparisons) -> None:
-    """Each colour alone, on the same view with the same factor."""
+def compare_colors(s: Sample, crop: Image.Image, found: reference.Comparisons) -> None:
+    """Each color alone, on the same crop with the same factor."""
     for name, color in ALONE.items():
         draws = draw_colors(s.key_1, color)
-        ours = apply_colors(pixels(view)[None], draws)[0]
-        found.add(name, "PIL" if name == "blur" else VISION, s.name, ours, reference.colored(view, draws, 0))
+        ours = apply_colors(pixels(crop)[None], draws)[0]
+        found.add(name, "PIL" if name == "blur" else VISION, s.name, ours, reference.colored(crop, draws, 0))
         if name == "blur":
-            sampled = reference.sampled_blur(view, draws.sigmas_B[0].item())
+            sampled = reference.sampled_blur(crop, draws.sigmas_B[0].item())
             found.add(name, f"{VISION}, 23 taps", s.name, ours, sampled, False)
 
 
 def compare_chains(samples: Sequence[Sample], found: reference.Comparisons) -> list[tuple[Any, ...]]:
-    """From the bytes to the view, as a run has it. Rows (name, original, ours, theirs) for the picture."""
+    """From the bytes to the crop, as a run has it. Rows (name, original, ours, theirs) for the picture."""
     pictures = []
-    for decoder, (chain, view) in itertools.product(decoders(), CHAINS.items()):
+    for decoder, (chain, crop) in itertools.product(decoders(), CHAINS.items()):
         running = make_decoder(
-            decoder, [view], batch=1, channels=3, threads=1, depth=1, device=torch.device(DEVICE)
+            decoder, [crop], batch=1, channels=3, threads=1, depth=1, device=torch.device(DEVICE)
         )
         for s in samples:
-            draws, stage = draw_views(s.key_1, s.size_12, [view]), f"the whole chain, {chain}, {decoder}"
+            draws, stage = draw_crops(s.key_1, s.size_12, [crop]), f"the whole chain, {chain}, {decoder}"
             running.submit(Request([s.data], draws))
             ours = running.result()[0][0]
-            rows_first = chain_of(s.image, view, draws, reference.cropped_rows_first)
+            rows_first = chain_of(s.image, crop, draws, reference.cropped_rows_first)
             found.add(stage, f"{VISION}, rows first", s.name, ours, rows_first, decoder == "pillow")
-            theirs = chain_of(s.image, view, draws, reference.cropped)
+            theirs = chain_of(s.image, crop, draws, reference.cropped)
             found.add(stage, VISION, s.name, ours, theirs, False)
             if decoder == decoders()[0]:
                 pictures.append((chain, s.name, s.image, ours.cpu().numpy(), np.asarray(theirs)))
@@ -152,9 +152,9 @@ def compare_chains(samples: Sequence[Sample], found: reference.Comparisons) -> l
     return pictures
 
 
-def chain_of(image: Image.Image, view: View, draws: Draws, crop: Callable[..., Image.Image]) -> Image.Image:
+def chain_of(image: Image.Image, crop: Crop, draws: Draws, cut: Callable[..., Image.Image]) -> Image.Image:
     """What torchvision makes of the same draws, with one of the two crops."""
-    image = crop(image, tuple(draws.boxes[0][0].tolist()), view.size, view.interpolation)
+    image = cut(image, tuple(draws.boxes[0][0].tolist()), crop.size, crop.interpolation)
     image = reference.flipped(image) if draws.flips[0][0] else image
     return reference.colored(image, draws.colors[0], 0) if draws.colors else image
 

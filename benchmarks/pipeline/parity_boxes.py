@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from fastmim_kernels import sample_keys
+from fastmim_kernels import sample_seeds
 
 from benchmarks.pipeline import parity_reference
 from fastmim.data.crop import draw_boxes
-from fastmim.views import View
+from fastmim.views import Crop
 
 LAWS = {  # each with random numbers of its own
-    "MAE": View(size=(224, 224), scale=(0.2, 1.0), crop=0),
-    "BEiT": View(size=(224, 224), scale=(0.08, 1.0), crop=1),
-    "DINO, small": View(size=(96, 96), scale=(0.05, 0.4), crop=2),
+    "MAE": Crop(size=(224, 224), scale=(0.2, 1.0), box=0),
+    "BEiT": Crop(size=(224, 224), scale=(0.08, 1.0), box=1),
+    "DINO, small": Crop(size=(96, 96), scale=(0.05, 0.4), box=2),
 }
 
 
@@ -44,16 +44,16 @@ def described(boxes_B4: np.ndarray, sizes_B2: np.ndarray) -> dict[str, np.ndarra
     return {
         "area": height * width / (H * W),
         "aspect": np.log(width / height),
-        "centre, down": (top + height / 2) / H,
-        "centre, across": (left + width / 2) / W,
+        "center, down": (top + height / 2) / H,
+        "center, across": (left + width / 2) / W,
     }
 
 
-def our_boxes(sizes_B2: np.ndarray, epochs: int, view: View) -> tuple[np.ndarray, np.ndarray]:
+def our_boxes(sizes_B2: np.ndarray, epochs: int, crop: Crop) -> tuple[np.ndarray, np.ndarray]:
     """Boxes and flips of `epochs` passes over the images, as a run draws them."""
     ids = torch.arange(len(sizes_B2))
-    keys = torch.cat([sample_keys(0, epoch, ids) for epoch in range(epochs)])
-    return draw_boxes(keys, np.tile(sizes_B2, (epochs, 1)), view)
+    keys = torch.cat([sample_seeds(0, epoch, ids) for epoch in range(epochs)])
+    return draw_boxes(keys, np.tile(sizes_B2, (epochs, 1)), crop)
 
 
 def compare_boxes(sizes_B2: np.ndarray, draws: int) -> Iterator[dict[str, Any]]:
@@ -61,15 +61,15 @@ def compare_boxes(sizes_B2: np.ndarray, draws: int) -> Iterator[dict[str, Any]]:
     epochs = -(-draws // len(sizes_B2))
     sizes = np.tile(sizes_B2, (epochs, 1))
     torch.manual_seed(0)
-    for law, view in LAWS.items():
-        boxes, flips = our_boxes(sizes_B2, epochs, view)
-        ours, theirs = described(boxes, sizes), described(parity_reference.boxes_of(sizes, view), sizes)
+    for law, crop in LAWS.items():
+        boxes, flips = our_boxes(sizes_B2, epochs, crop)
+        ours, theirs = described(boxes, sizes), described(parity_reference.boxes_of(sizes, crop), sizes)
         row = {"kind": "boxes", "law": law, "draws": len(sizes)}
         for quantity in ours:
             distance, p = ks_test(ours[quantity], theirs[quantity])
             means = {"ours": float(ours[quantity].mean()), "theirs": float(theirs[quantity].mean())}
             yield {**row, "quantity": quantity, "distance": distance, "p": p, **means}
         share = float(flips.mean())
-        z = abs(share - view.flip) / math.sqrt(view.flip * (1 - view.flip) / len(flips))
-        rest = {"distance": abs(share - view.flip), "p": math.erfc(z / math.sqrt(2))}
-        yield {**row, "quantity": "flipped", **rest, "ours": share, "theirs": view.flip}
+        z = abs(share - crop.flip) / math.sqrt(crop.flip * (1 - crop.flip) / len(flips))
+        rest = {"distance": abs(share - crop.flip), "p": math.erfc(z / math.sqrt(2))}
+        yield {**row, "quantity": "flipped", **rest, "ours": share, "theirs": crop.flip}

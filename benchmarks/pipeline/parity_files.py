@@ -1,6 +1,6 @@
 """What our decoders make of files, whole and of a box; every kind of file against Pillow's conversion to RGB.
 
-Of 16-bit grey that conversion keeps the levels to 255 and makes white of the rest: there ours is held against
+Of 16-bit gray that conversion keeps the levels to 255 and makes white of the rest: there ours is held against
 what the levels are, scaled, and the difference to Pillow's conversion is said beside it.
 """
 
@@ -19,7 +19,7 @@ from benchmarks.provenance import DEVICE
 from fastmim.data.decoder import DecoderName, Rejected, Request, make_decoder
 from fastmim.data.draws import Draws
 from fastmim.data.header import image_size
-from fastmim.views import View
+from fastmim.views import Crop
 
 BATCH = 16  # whole images that DALI holds at a time
 SIDE = 96
@@ -29,15 +29,15 @@ CONVENTIONS = {
     "JPEG": "as stored",
     "JPEG, 4:4:4": "as stored",
     "JPEG, progressive": "all scans",
-    "JPEG, greyscale": "repeated in three channels",
-    "JPEG, CMYK": "RGB = (1 - CMY) (1 - K), no colour profile",
+    "JPEG, grayscale": "repeated in three channels",
+    "JPEG, CMYK": "RGB = (1 - CMY) (1 - K), no color profile",
     "JPEG, turned by EXIF": "EXIF is ignored, as torchvision does",
     "PNG": "as stored",
     "PNG, alpha": "alpha is dropped, not blended",
-    "PNG, grey and alpha": "alpha is dropped, not blended",
-    "PNG, palette": "the colours looked up",
-    "PNG, palette, transparent": "the colours looked up, transparency is dropped",
-    "PNG, 16-bit grey": "scaled by 1/257, where Pillow's conversion clips at 255",
+    "PNG, gray and alpha": "alpha is dropped, not blended",
+    "PNG, palette": "the colors looked up",
+    "PNG, palette, transparent": "the colors looked up, transparency is dropped",
+    "PNG, 16-bit gray": "scaled by 1/257, where Pillow's conversion clips at 255",
     "PNG, one bit": "0 and 255",
     "WebP": "as stored",
     "WebP, lossless, alpha": "alpha is dropped, not blended",
@@ -60,10 +60,10 @@ def decode(
         for one, box in zip(data, boxes_B4, strict=True):
             yield view_of(decoder, one, box, channels)
         return
-    views = [View(size=(1, 1))]
+    crops = [Crop(size=(1, 1))]
     with closing(
         make_decoder(
-            "dali", views, batch=BATCH, channels=channels, threads=1, depth=1, device=torch.device(DEVICE)
+            "dali", crops, batch=BATCH, channels=channels, threads=1, depth=1, device=torch.device(DEVICE)
         )
     ) as dali:
         for start in range(0, len(data), BATCH):
@@ -74,11 +74,11 @@ def decode(
 
 
 def view_of(decoder: DecoderName, data: bytes, box: np.ndarray, channels: int = 3) -> Tensor:
-    """A view as large as its box, which the resize leaves as it is. Rejected if it cannot be decoded."""
+    """A crop as large as its box, which the resize leaves as it is. Rejected if it cannot be decoded."""
     height, width = box[2:].tolist()
     one = make_decoder(
         decoder,
-        [View(size=(height, width))],
+        [Crop(size=(height, width))],
         batch=1,
         channels=channels,
         threads=1,
@@ -99,25 +99,25 @@ def kinds_of(photograph: Image.Image) -> dict[str, bytes]:
     """One picture as a file of each kind; what is transparent is a ramp across it."""
     rgb = photograph.convert("RGB").resize((SIDE, SIDE * 3 // 4), Image.Resampling.BICUBIC)
     ramp = Image.fromarray(np.tile(np.linspace(0, 255, rgb.width).astype(np.uint8), (rgb.height, 1)))
-    grey, rgba, turned = rgb.convert("L"), rgb.copy(), Image.Exif()
+    gray, rgba, turned = rgb.convert("L"), rgb.copy(), Image.Exif()
     rgba.putalpha(ramp)
     turned[ORIENTATION] = 6
-    deep = Image.fromarray((np.asarray(grey, np.uint16) * 257 + np.asarray(ramp)).clip(0, 65535))
+    deep = Image.fromarray((np.asarray(gray, np.uint16) * 257 + np.asarray(ramp)).clip(0, 65535))
     palette = rgb.quantize(64)
     made: dict[str, tuple[Image.Image, str, dict[str, Any]]] = {
         "JPEG": (rgb, "JPEG", {}),
         "JPEG, 4:4:4": (rgb, "JPEG", {"subsampling": 0}),
         "JPEG, progressive": (rgb, "JPEG", {"progressive": True}),
-        "JPEG, greyscale": (grey, "JPEG", {}),
+        "JPEG, grayscale": (gray, "JPEG", {}),
         "JPEG, CMYK": (rgb.convert("CMYK"), "JPEG", {}),
         "JPEG, turned by EXIF": (rgb, "JPEG", {"exif": turned}),
         "PNG": (rgb, "PNG", {}),
         "PNG, alpha": (rgba, "PNG", {}),
-        "PNG, grey and alpha": (rgba.convert("LA"), "PNG", {}),
+        "PNG, gray and alpha": (rgba.convert("LA"), "PNG", {}),
         "PNG, palette": (palette, "PNG", {}),
         "PNG, palette, transparent": (palette, "PNG", {"transparency": bytes(range(0, 256, 4))}),
-        "PNG, 16-bit grey": (deep, "PNG", {}),
-        "PNG, one bit": (grey.convert("1"), "PNG", {}),
+        "PNG, 16-bit gray": (deep, "PNG", {}),
+        "PNG, one bit": (gray.convert("1"), "PNG", {}),
         "WebP": (rgb, "WEBP", {}),
         "WebP, lossless, alpha": (rgba, "WEBP", {"lossless": True, "exact": True}),
         "BMP": (rgb, "BMP", {}),

@@ -1,4 +1,4 @@
-"""What `parity` found, as a page to read and a picture to look at; and how fast exact colours are."""
+"""What `parity` found, as a page to read and a picture to look at; and how fast exact colors are."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from fastmim_kernels import color_blur, color_jitter, sample_keys
+from fastmim_kernels import color_blur, color_jitter, sample_seeds
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -22,7 +22,7 @@ MAGNIFIED = 8
 SPEED_ROUNDS = 3
 COLORS: dict[str, Color] = {"color_jitter": SIMSIAM, "color_blur": BYOL_FIRST}
 ALL_EXACT = """\
-There is no `--data.color exact|fast`. The one kind is exact: every colour above is that of Pillow or
+There is no `--data.color exact|fast`. The one kind is exact: every color above is that of Pillow or
 torchvision to the last bit, on every image. All that another kind could save is what the exact ops cost:"""
 NOT_EXACT = """\
 There is no `--data.color exact|fast`: the one kind is to be exact. **It is not here**: a stage above that is
@@ -31,7 +31,7 @@ NOTES = """\
 * `rows first` resizes the rows of a box and then its columns, in two calls of Pillow. torchvision makes one,
   in which Pillow 13 takes the cheaper order, columns first for most tall boxes that shrink; each pass rounds
   to bytes. In earlier releases one call is rows first too.
-* Grey of a colour JPEG is its Y as stored for DALI; Pillow computes it from the rounded RGB.
+* Gray of a color JPEG is its Y as stored for DALI; Pillow computes it from the rounded RGB.
 * PIL's Gaussian blur is three box filters, torchvision's for tensors samples the Gaussian at 23 taps: another
   blur, here for comparison."""
 
@@ -40,12 +40,12 @@ NOTES = """\
 
 
 def squares(samples: Sequence[Any], count: int = 16) -> list[Image.Image]:
-    """The first images, each squeezed into the size of a view."""
+    """The first images, each squeezed into the size of a crop."""
     return [s.image.resize((SIDE, SIDE)) for s in samples[:count]]
 
 
 def jitter(images: Tensor, d: ColorDraws) -> Tensor:
-    return color_jitter(images, d.order_B4, d.factors_B4, grey_B=d.grey_B)
+    return color_jitter(images, d.order_B4, d.factors_B4, gray_B=d.gray_B)
 
 
 def blur(images: Tensor, d: ColorDraws) -> Tensor:
@@ -59,7 +59,7 @@ def by_pillow(images: Sequence[Image.Image], d: ColorDraws) -> None:
 
 def speeds(images: Tensor) -> list[dict[str, Any]]:
     """Images per second of both ops: on one core of a CPU beside torchvision on PIL images, or on the GPU."""
-    keys, threads = sample_keys(0, 0, torch.arange(len(images))), torch.get_num_threads()
+    keys, threads = sample_seeds(0, 0, torch.arange(len(images))), torch.get_num_threads()
     pictures = [Image.fromarray(x) for x in images.cpu().numpy()]
     rows = []
     torch.set_num_threads(1)
@@ -82,7 +82,7 @@ def speeds(images: Tensor) -> list[dict[str, Any]]:
 
 
 def without_blur(color: Color) -> Color:
-    return Color(**{**vars(color), "blur": 0.0, "solarise": 0.0})
+    return Color(**{**vars(color), "blur": 0.0, "solarize": 0.0})
 
 
 # --- picture ------------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ def draw(pictures: Sequence[tuple[Any, ...]], path: Path) -> None:
         original.thumbnail((CELL, CELL))
         for x, cell in enumerate((original, *map(small, (ours, theirs)), difference(ours, theirs))):
             sheet.paste(cell, (label + x * (CELL + GAP), top))
-    # 256 colours, without patterns: a quarter of the bytes
+    # 256 colors, without patterns: a quarter of the bytes
     sheet.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
@@ -150,9 +150,9 @@ def page(rows: Sequence[dict[str, Any]], env: dict[str, Any], source: str) -> st
         "## Where a box falls",
         *boxes_part(of["boxes"]),
         "## Kinds of file",
-        "Mean and largest difference to Pillow's conversion to RGB; of 16-bit grey to its levels, scaled.",
+        "Mean and largest difference to Pillow's conversion to RGB; of 16-bit gray to its levels, scaled.",
         table(*kinds_table(of["file"])),
-        "## Exact colours, and no others",
+        "## Exact colors, and no others",
         *speed_part(of["speed"], ALL_EXACT if exact else NOT_EXACT),
         f"Measured at load {env['load']} on {env['device']}, {env['time']}, commit {env['commit']}"
         f"{' with changes' if env['dirty'] else ''}, sources {env['sources']}; {versions}.",

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from fastmim.data.color import ColorDraws
-from fastmim.views import View
+from fastmim.views import Crop
 
 Box = tuple[int, int, int, int]  # top, left, height, width
 STAGES = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue")
@@ -65,16 +65,16 @@ def flipped(image: Image.Image) -> Image.Image:
 
 
 def colored(image: Image.Image, draws: ColorDraws, b: int) -> Image.Image:
-    """What is drawn for sample `b`: jitter in its order, greyscale, PIL's Gaussian blur, solarised."""
+    """What is drawn for sample `b`: jitter in its order, grayscale, PIL's Gaussian blur, solarized."""
     F = torchvision("transforms.functional")
     for stage in draws.order_B4[b].tolist():
         if stage >= 0:
             image = getattr(F, STAGES[stage])(image, draws.factors_B4[b, stage].item())
-    if draws.grey_B[b]:
+    if draws.gray_B[b]:
         image = F.rgb_to_grayscale(image, 3)
     if draws.sigmas_B[b] > 0:
         image = image.filter(ImageFilter.GaussianBlur(draws.sigmas_B[b].item()))
-    return F.solarize(image, 128) if draws.solarise_B[b] else image
+    return F.solarize(image, 128) if draws.solarize_B[b] else image
 
 
 def sampled_blur(image: Image.Image, sigma: float) -> Image.Image:
@@ -82,11 +82,11 @@ def sampled_blur(image: Image.Image, sigma: float) -> Image.Image:
     return torchvision("transforms.functional").gaussian_blur(image, [23, 23], [sigma, sigma])
 
 
-def boxes_of(sizes_B2: np.ndarray, view: View) -> np.ndarray:
+def boxes_of(sizes_B2: np.ndarray, crop: Crop) -> np.ndarray:
     """Boxes int64 `[B, 4]` of RandomResizedCrop itself, from torch's generator."""
     draw = torchvision("transforms").RandomResizedCrop.get_params
     images = (torch.empty(1, int(height), int(width), device="meta") for height, width in sizes_B2)
-    return np.array([draw(image, list(view.scale), list(view.ratio)) for image in images])
+    return np.array([draw(image, list(crop.scale), list(crop.ratio)) for image in images])
 
 
 # --- differences --------------------------------------------------------------------------------------

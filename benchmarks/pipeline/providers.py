@@ -64,7 +64,7 @@ def to_uint8(image: "Image") -> Tensor:
 
 
 def maes_transforms() -> Callable[["Image"], Tensor]:
-    """Those of main_pretrain.py: fp32 `[3, H, W]`, normalised."""
+    """Those of main_pretrain.py: fp32 `[3, H, W]`, normalized."""
     import_torchvision()
     from torchvision import transforms
 
@@ -108,8 +108,8 @@ def dataloader(turn: Turn, transform: Callable[["Image"], Tensor]) -> Iterator[T
         num_workers=turn.threads,
         pin_memory=DEVICE == "cuda",
     )
-    for views in loader:
-        yield views.to(DEVICE, non_blocking=True)
+    for crops in loader:
+        yield crops.to(DEVICE, non_blocking=True)
 
 
 def dali_plain(turn: Turn) -> Iterator[Tensor]:
@@ -136,8 +136,8 @@ def dali_plain(turn: Turn) -> Iterator[Tensor]:
         pipe.set_outputs(fn.flip(resized, horizontal=fn.random.coin_flip()))
     pipe.build()
     while True:
-        (views,) = pipe.run()
-        yield torch.from_dlpack(views.as_tensor())
+        (crops,) = pipe.run()
+        yield torch.from_dlpack(crops.as_tensor())
 
 
 # --- ours -------------------------------------------------------------------------------------------
@@ -155,12 +155,12 @@ def ours(turn: Turn, decoder: Any) -> Iterator[Tensor]:
 def views_of(config: Any, batch: int, size: int) -> Iterator[Tensor]:
     """What our loader makes of the images at `config.path`: uint8 `[batch, size, size, 3]`, for ever."""
     from fastmim.data import Loader, SampleOrder, find_images
-    from fastmim.views import View
+    from fastmim.views import Crop
 
     images = find_images(config.path)
     loader = Loader(
         images,
-        (View(size=(size, size)),),
+        (Crop(size=(size, size)),),
         SampleOrder(len(images), batch),
         config=config,
         channels=3,
@@ -170,7 +170,7 @@ def views_of(config: Any, batch: int, size: int) -> Iterator[Tensor]:
     )
     with loader:
         for found in loader:
-            yield found.views[0]
+            yield found.crops[0]
 
 
 PROVIDERS: dict[str, Callable[[Turn], Iterator[Tensor]]] = {  # the first that runs is the baseline

@@ -78,7 +78,7 @@ def memory_mib() -> dict[str, float]:
 def soak(folder: Path, a: argparse.Namespace) -> tuple[list[dict[str, float]], list[str]]:
     """Memory after each epoch, and what the closed loader left."""
     from fastmim.data import DataConfig, Loader, SampleOrder, find_images
-    from fastmim.views import View
+    from fastmim.views import Crop
 
     images = find_images(folder)
     order = SampleOrder(len(images), min(a.batch, len(images)))
@@ -88,7 +88,7 @@ def soak(folder: Path, a: argparse.Namespace) -> tuple[list[dict[str, float]], l
     for epochs, keep in ((1, False), (a.epochs, True)):
         before = Held.now()
         loader = Loader(
-            images, (View(size=(a.size, a.size)),), order,
+            images, (Crop(size=(a.size, a.size)),), order,
             config=DataConfig(path=folder, decoder=a.decoder, threads=a.threads), channels=3, seed=0,
             device=device, bad_samples=Path(tempfile.gettempdir()) / f"soak-{os.getpid()}.jsonl",
         )  # fmt: skip
@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--warm-up", type=int, default=3, help="epochs that may still take memory")
     parser.add_argument("--decoder", choices=["dali", "pillow"], default="dali")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--size", type=int, default=64, help="pixels of a view")
+    parser.add_argument("--size", type=int, default=64, help="pixels of a crop")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     a = parser.parse_args(arguments)
     if not 1 <= a.warm_up < a.epochs:

@@ -7,7 +7,7 @@ Question   does the loader keep up with the step, and what does a step wait for?
 Expected   both = the slower of the two, less what they take from one another: on a CPU they share its
            cores, on a GPU a decoder on the same device.
 How        all in one process, in turns whose order is turned in each round. loader: batches of the method's
-           own views, taken as fast as they come. step: the engine of real training on one batch that is
+           own crops, taken as fast as they come. step: the engine of real training on one batch that is
            there. both: the engine on the batches of the loader; `waiting` is the share of the time of these
            steps that is spent in asking for a batch. Queues are emptied, or filled, by batches that do not
            count.
@@ -63,12 +63,12 @@ def open_work(name: str, folder: Path, a: argparse.Namespace, stack: ExitStack) 
     config, model = configured(a, name)
     torch.manual_seed(0)
     method = config.build(model)
-    method.peers = Ranks.single()  # the DeepSpeed engine has its own
+    method.ranks = Ranks.single()  # the DeepSpeed engine has its own
     engine = make_engine(method, config, model, a)
     images = find_images(folder)
     loader = Loader(
         images,
-        method.views,
+        method.crops,
         SampleOrder(len(images), a.batch),
         config=DataConfig(path=folder, decoder=a.decoder, threads=a.threads),
         channels=model.channels,

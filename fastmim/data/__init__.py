@@ -1,4 +1,4 @@
-"""Images in, uint8 views out: sources, sample order, crops, decoders, the loader. Knows no method."""
+"""Images in, uint8 crops out: sources, sample order, crops, decoders, the loader. Knows no method."""
 
 from fastmim.data.bad import BadImages
 from fastmim.data.config import DataConfig

@@ -1,11 +1,11 @@
-"""Decode once: all images decoded in one buffer, and every view cut from there.
+"""Decode once: all images decoded in one buffer, and every crop cut from there.
 
     image i = buffer[start_i : start_i + height_i * width_i * C]  as [height_i, width_i, C]
 
 Decoded whole by the decoder that the run names and cut by the ops that cut without a cache: the pixels are
 the same. Each rank keeps a copy of the whole set, since the order deals every image to every rank.
 
-Bytes   height * width * C for each image, in the memory of the host (`ram`; not pinned: the views are) or on
+Bytes   height * width * C for each image, in the memory of the host (`ram`; not pinned: the crops are) or on
         the device that trains (`device`, which cuts there).
 Limits  A bad image is found when the buffer is filled and named by the step and epoch of the start. What
         shows in its place is what would show without a cache (bad.py).
@@ -22,13 +22,13 @@ from torch import Tensor
 
 from fastmim.data.bad import BadFiles
 from fastmim.data.config import DataConfig
-from fastmim.data.decoder import cut_views, make_decoder
-from fastmim.data.draws import draw_views
+from fastmim.data.decoder import cut_crops, make_decoder
+from fastmim.data.draws import draw_crops
 from fastmim.data.images import Images
 from fastmim.data.sizes import Sizes, bar, bytes_as_text, cache_device, look_at_sizes
 from fastmim.data.supply import Place, to_device
 from fastmim.data.whole import decode_all
-from fastmim.views import View
+from fastmim.views import Crop
 
 CHUNK = 64  # images decoded at a time
 
@@ -43,7 +43,7 @@ class Cache:
     channels: int
 
     def images(self, images_B: np.ndarray) -> list[Tensor]:
-        """Views uint8 `[H_b, W_b, C]` of the buffer."""
+        """Crops uint8 `[H_b, W_b, C]` of the buffer."""
         C, buffer = self.channels, self.buffer
         rows = zip(self.sizes_N2[images_B].tolist(), self.starts_N[images_B].tolist(), strict=True)
         return [buffer.as_strided((h, w, C), (w * C, C, 1), start) for (h, w), start in rows]
@@ -52,16 +52,16 @@ class Cache:
 class CacheSupply:
     """`supply.Supply` of decoded images."""
 
-    def __init__(self, cache: Cache, views: Sequence[View], device: torch.device):
+    def __init__(self, cache: Cache, crops: Sequence[Crop], device: torch.device):
         self._cache: Cache | None = cache
-        self._views, self._device = views, device
+        self._crops, self._device = crops, device
 
     def serve(self, places: Iterator[Place]) -> Iterator[tuple[Place, tuple[Tensor, ...]]]:
         while self._cache is not None:
             place = next(places)
-            draws = draw_views(place.keys_B, self._cache.sizes_N2[place.images_B], self._views)
-            views = cut_views(self._views, self._cache.images(place.images_B), draws)
-            yield place, tuple(to_device(view, self._device) for view in views)
+            draws = draw_crops(place.seeds_B, self._cache.sizes_N2[place.images_B], self._crops)
+            crops = cut_crops(self._crops, self._cache.images(place.images_B), draws)
+            yield place, tuple(to_device(crop, self._device) for crop in crops)
 
     def close(self) -> None:
         self._cache = None

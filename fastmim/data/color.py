@@ -1,14 +1,14 @@
-"""Which colours a view gets: the draws of the published recipes, and the two ops that carry them out.
+"""Which colors a crop gets: the draws of the published recipes, and the two ops that carry them out.
 
     with probability `jitter`: brightness, contrast, saturation and hue, those of strength s > 0, in an order
         drawn uniformly; factors ~ U(max(0, 1 - s), 1 + s), of hue ~ U(-s, s)
-    then, each with its own probability: greyscale, a Gaussian blur of sigma ~ U(sigma), solarised from 128 on
+    then, each with its own probability: grayscale, a Gaussian blur of sigma ~ U(sigma), solarized from 128 on
 
 Source  shared by SimSiam (arXiv:2011.10566), BYOL (2006.07733), MoCo v3 (2104.02057), DINO (2104.14294); the
         laws of torchvision's ColorJitter and of PIL's GaussianBlur, not their random numbers.
 Shapes  B = samples, C = channels.
-Draws   stream 300 + draw (crop.py has 100 + crop), words 0: jitter; 1..4: factors; 5: order; 6: grey;
-        7: blur; 8: sigma; 9: solarise. A word is taken for the same thing whatever the recipe.
+Draws   stream 300 + draw (crop.py has 100 + box), words 0: jitter; 1..4: factors; 5: order; 6: gray;
+        7: blur; 8: sigma; 9: solarize. A word is taken for the same thing whatever the recipe.
 """
 
 from dataclasses import dataclass
@@ -32,16 +32,16 @@ class ColorDraws:
 
     order_B4: Tensor  # int64: which stage comes at each place, -1 for none
     factors_B4: Tensor  # fp32
-    grey_B: Tensor  # bool
+    gray_B: Tensor  # bool
     sigmas_B: Tensor  # fp32, 0 for no blur
-    solarise_B: Tensor  # bool
+    solarize_B: Tensor  # bool
 
 
-def draw_colors(keys_B: Tensor, color: Color, draw: int = 0) -> ColorDraws:
+def draw_colors(seeds_B: Tensor, color: Color, draw: int = 0) -> ColorDraws:
     """What `color` draws for these keys, which are on the CPU; another `draw` is independent."""
-    if keys_B.device.type != "cpu" or draw < 0:
-        raise ValueError(f"want keys on the CPU and draw >= 0, got {keys_B.device} and {draw}")
-    u = draw_uniform(keys_B, WORDS, STREAM + draw)
+    if seeds_B.device.type != "cpu" or draw < 0:
+        raise ValueError(f"want seeds on the CPU and draw >= 0, got {seeds_B.device} and {draw}")
+    u = draw_uniform(seeds_B, WORDS, STREAM + draw)
     strengths = torch.tensor(
         [color.brightness, color.contrast, color.saturation, color.hue], dtype=torch.float64
     )
@@ -54,16 +54,16 @@ def draw_colors(keys_B: Tensor, color: Color, draw: int = 0) -> ColorDraws:
     return ColorDraws(
         order_B4=order,
         factors_B4=factors.float(),
-        grey_B=u[:, 6] < color.grey,
+        gray_B=u[:, 6] < color.gray,
         sigmas_B=torch.where(u[:, 7] < color.blur, sigmas, 0).float(),
-        solarise_B=u[:, 9] < color.solarise,
+        solarize_B=u[:, 9] < color.solarize,
     )
 
 
 def apply_colors(images_BHWC: Tensor, draws: ColorDraws) -> Tensor:
-    """Jitter, greyscale, blur, solarise: uint8 `[B, H, W, C]`, on any device, -> the same."""
+    """Jitter, grayscale, blur, solarize: uint8 `[B, H, W, C]`, on any device, -> the same."""
     d = draws
     if not bool((d.sigmas_B > 0).any()):
-        return color_jitter(images_BHWC, d.order_B4, d.factors_B4, grey_B=d.grey_B, solarise_B=d.solarise_B)
-    images_BHWC = color_jitter(images_BHWC, d.order_B4, d.factors_B4, grey_B=d.grey_B)
-    return color_blur(images_BHWC, d.sigmas_B, solarise_B=d.solarise_B)
+        return color_jitter(images_BHWC, d.order_B4, d.factors_B4, gray_B=d.gray_B, solarize_B=d.solarize_B)
+    images_BHWC = color_jitter(images_BHWC, d.order_B4, d.factors_B4, gray_B=d.gray_B)
+    return color_blur(images_BHWC, d.sigmas_B, solarize_B=d.solarize_B)

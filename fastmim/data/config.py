@@ -21,12 +21,12 @@ class DataConfig:
     decoder: DecoderName = "dali"
     """What decodes: DALI, or Pillow where there is no DALI. Never one for the other in silence."""
     augment: Augmentation = "recipe"
-    """recipe: the views of the method as published; strong: smaller boxes, and colours where it has none"""
+    """recipe: the crops of the method as published; strong: smaller boxes, and colors where it has none"""
     cache: CacheName = "none"
-    """Decode every image once, at the start, and cut all views from that: kept in memory (ram), or on the
+    """Decode every image once, at the start, and cut all crops from that: kept in memory (ram), or on the
     device that trains (device). Each rank keeps the whole set; the pixels are those without a cache."""
     epoch_images: int | None = None
-    """Samples in an epoch: the set is repeated to so many, each repeat with crops, colours and masks of its
+    """Samples in an epoch: the set is repeated to so many, each repeat with crops, colors and masks of its
     own. Without it: every image once. Of ImageNet's length: 1281167."""
     threads: int | None = None
     """Decoding threads of each rank. Without it: this machine's cores shared among its ranks."""

@@ -7,7 +7,7 @@
 
 Source  RandomResizedCrop of pytorch/vision: the law, not its random numbers.
 Shapes  B = samples; a box is (top, left, height, width) in pixels of the stored image.
-Draws   words 0..19 of stream 100 + crop: area and aspect of each try; 20, 21: corner; 22: flip.
+Draws   words 0..19 of stream 100 + box: area and aspect of each try; 20, 21: corner; 22: flip.
 """
 
 from collections.abc import Sequence
@@ -16,33 +16,33 @@ import numpy as np
 from fastmim_kernels.philox import draw_uniform
 from torch import Tensor
 
-from fastmim.views import View
+from fastmim.views import Crop
 
 STREAM = 100
 TRIES = 10
 
 
-def draw_boxes(keys_B: Tensor, sizes_B2: np.ndarray, view: View) -> tuple[np.ndarray, np.ndarray]:
+def draw_boxes(seeds_B: Tensor, sizes_B2: np.ndarray, crop: Crop) -> tuple[np.ndarray, np.ndarray]:
     """Boxes int32 `[B, 4]` and flips bool `[B]` for images of (height, width) `sizes_B2`."""
-    u = draw_uniform(keys_B, 2 * TRIES + 3, STREAM + view.crop).numpy()
+    u = draw_uniform(seeds_B, 2 * TRIES + 3, STREAM + crop.box).numpy()
     tries = u[:, : 2 * TRIES].reshape(-1, TRIES, 2)
     height_B, width_B = sizes_B2[:, 0].astype(np.float64), sizes_B2[:, 1].astype(np.float64)
 
-    area = (height_B * width_B)[:, None] * _between(tries[:, :, 0], view.scale)
-    aspect = np.exp(_between(tries[:, :, 1], np.log(view.ratio)))
+    area = (height_B * width_B)[:, None] * _between(tries[:, :, 0], crop.scale)
+    aspect = np.exp(_between(tries[:, :, 1], np.log(crop.ratio)))
     w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
     fits = (w > 0) & (w <= width_B[:, None]) & (h > 0) & (h <= height_B[:, None])
     first_B = fits.argmax(axis=1)
     rows = np.arange(len(first_B))
     found_B = fits[rows, first_B]
 
-    fallback_h, fallback_w = _clamped(height_B, width_B, view.ratio)
+    fallback_h, fallback_w = _clamped(height_B, width_B, crop.ratio)
     h_B = np.where(found_B, h[rows, first_B], fallback_h)
     w_B = np.where(found_B, w[rows, first_B], fallback_w)
     free_h, free_w = height_B - h_B, width_B - w_B
     top_B = np.where(found_B, np.floor(u[:, -3] * (free_h + 1)), free_h // 2)
     left_B = np.where(found_B, np.floor(u[:, -2] * (free_w + 1)), free_w // 2)
-    return np.stack([top_B, left_B, h_B, w_B], axis=1).astype(np.int32), u[:, -1] < view.flip
+    return np.stack([top_B, left_B, h_B, w_B], axis=1).astype(np.int32), u[:, -1] < crop.flip
 
 
 def _between(u: np.ndarray, limits: Sequence[float] | np.ndarray) -> np.ndarray:
@@ -59,13 +59,13 @@ def _clamped(
     return h_B.clip(1, height_B), w_B.clip(1, width_B)
 
 
-def crops_of(views: Sequence[View]) -> dict[int, View]:
-    """One view for each `crop`, in order of first use. ValueError if views that share one disagree on it."""
-    crops: dict[int, View] = {}
-    for view in views:
-        first = crops.setdefault(view.crop, view)
-        if (first.scale, first.ratio, first.flip) != (view.scale, view.ratio, view.flip):
-            raise ValueError(f"want one scale, ratio and flip for crop {view.crop}, got {first} and {view}")
-    if not crops:
-        raise ValueError("want at least one view, got none")
-    return crops
+def by_box(crops: Sequence[Crop]) -> dict[int, Crop]:
+    """One crop for each `box`, in order of first use. ValueError if crops that share one disagree on it."""
+    found: dict[int, Crop] = {}
+    for crop in crops:
+        first = found.setdefault(crop.box, crop)
+        if (first.scale, first.ratio, first.flip) != (crop.scale, crop.ratio, crop.flip):
+            raise ValueError(f"want one scale, ratio and flip for box {crop.box}, got {first} and {crop}")
+    if not found:
+        raise ValueError("want at least one crop, got none")
+    return found

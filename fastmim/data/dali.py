@@ -1,6 +1,6 @@
 """The decoding graph of DALI, one for CPU and GPU; nothing else in fastmim knows DALI.
 
-    encoded bytes -> decode the box -> uint8 HWC; then, outside of it, `decoder.cut_views`
+    encoded bytes -> decode the box -> uint8 HWC; then, outside of it, `decoder.cut_crops`
 
 DALI decodes and does no more: its bicubic resize takes longer than the decoding, and repeats the edge where
 Pillow's stays inside. No draw happens in it: boxes are inputs, so it has no state and restarts anywhere.
@@ -30,19 +30,19 @@ from nvidia.dali import Pipeline, fn, types
 from nvidia.nvimgcodec import CodeStream  # DALI needs it itself
 from torch import Tensor
 
-from fastmim.data.decoder import Rejected, Request, cut_views
+from fastmim.data.decoder import Rejected, Request, cut_crops
 from fastmim.data.draws import Draws
 from fastmim.data.pillow import holds_boxes, rejected_of
 from fastmim.data.pixels import decode_array, for_dali
 from fastmim.data.supply import to_device
-from fastmim.views import View
+from fastmim.views import Crop
 
-COLOUR = {3: types.DALIImageType.RGB, 1: types.DALIImageType.GRAY}
+COLOR = {3: types.DALIImageType.RGB, 1: types.DALIImageType.GRAY}
 PIXEL = b"P6\n1 1\n255\n\0\0\0"  # stands where DALI decodes nothing; nobody sees it
 
 
 def make_pipeline(
-    views: Sequence[View],
+    crops: Sequence[Crop],
     *,
     batch: int,
     channels: int,
@@ -56,7 +56,7 @@ def make_pipeline(
     device_id = (torch.cuda.current_device() if device.index is None else device.index) if on_gpu else None
     decoding: dict[str, Any] = {
         "device": "mixed" if on_gpu else "cpu",
-        "output_type": COLOUR[channels],
+        "output_type": COLOR[channels],
         "adjust_orientation": False,
         "jpeg_fancy_upsampling": True,  # chroma as on the CPU; nvJPEG's default repeats it
     }
@@ -71,7 +71,7 @@ def make_pipeline(
     )
     with pipe:
         data = fn.external_source(name="bytes", dtype=types.DALIDataType.UINT8, ndim=1)
-        if len({view.crop for view in views}) != 1:  # decoded once and cut many times
+        if len({crop.box for crop in crops}) != 1:  # decoded once and cut many times
             pipe.set_outputs(fn.decoders.image(data, **decoding))
         else:
             start = fn.external_source(name="start", dtype=types.DALIDataType.INT32, ndim=1)
@@ -95,7 +95,7 @@ class DaliDecoder:
 
     def __init__(
         self,
-        views: Sequence[View],
+        crops: Sequence[Crop],
         *,
         batch: int,
         channels: int,
@@ -104,9 +104,9 @@ class DaliDecoder:
         device: torch.device,
         hw_decoder_load: float,
     ):
-        self._views, self._batch, self._depth, self._device = views, batch, depth, device
+        self._crops, self._batch, self._depth, self._device = crops, batch, depth, device
         self._make = partial(
-            make_pipeline, views, channels=channels, threads=threads, device=device,
+            make_pipeline, crops, channels=channels, threads=threads, device=device,
             hw_decoder_load=hw_decoder_load,
         )  # fmt: skip
         self._channels = channels
@@ -160,7 +160,7 @@ class DaliDecoder:
         return torch.from_numpy(decode_array(data, self._channels))
 
     def result(self) -> tuple[Tensor, ...]:
-        return cut_views(self._views, *self.decoded())
+        return cut_crops(self._crops, *self.decoded())
 
     def decoded(self) -> tuple[list[Tensor], Draws]:
         assert len(self._work) == self._depth, "result() needs a full queue"
@@ -186,7 +186,7 @@ class DaliDecoder:
             images[slot] = to_device(_cut(task.result(), slot, request.draws), self._device)
         draws = request.draws
         if len(draws.boxes) == 1:  # what was decoded is the box
-            draws = replace(draws, boxes={crop: _from_the_corner(cut) for crop, cut in draws.boxes.items()})
+            draws = replace(draws, boxes={box: _from_the_corner(cut) for box, cut in draws.boxes.items()})
         return images, draws
 
     def _again(self) -> None:
@@ -211,7 +211,7 @@ class DaliDecoder:
         for slot in suspects:
             pipe = pipe or self._build(1, 1)
             one = slice(slot, slot + 1)
-            _feed(pipe, request.data[one], {crop: boxes[one] for crop, boxes in request.draws.boxes.items()})
+            _feed(pipe, request.data[one], {box: boxes[one] for box, boxes in request.draws.boxes.items()})
             pipe.schedule_run()
             try:
                 _decoded(pipe, self._device)
@@ -241,7 +241,7 @@ def _cut(image: Tensor, slot: int, draws: Draws) -> Tensor:
 
 def _without(slots: Iterable[int], request: Request) -> tuple[list[bytes], dict[int, np.ndarray]]:
     """Data and boxes of a request, with a pixel in these slots."""
-    data, boxes = list(request.data), {crop: cut.copy() for crop, cut in request.draws.boxes.items()}
+    data, boxes = list(request.data), {box: cut.copy() for box, cut in request.draws.boxes.items()}
     for slot in slots:
         data[slot] = PIXEL
         for cut in boxes.values():

@@ -1,4 +1,4 @@
-"""Views from files: read ahead by threads, decoded, and cut.
+"""Crops from files: read ahead by threads, decoded, and cut.
 
 Files are read `prefetch` micro-batches before the decoder gets them, which works `prefetch` ahead in turn.
 What is bad is found on the way: its slot is filled by the bytes of another, and the batch is decoded again.
@@ -17,10 +17,10 @@ from torch import Tensor
 from fastmim.data.bad import BadFiles, Read, try_read
 from fastmim.data.config import DataConfig
 from fastmim.data.decoder import Rejected, Request, make_decoder
-from fastmim.data.draws import draw_views
+from fastmim.data.draws import draw_crops
 from fastmim.data.images import Images
 from fastmim.data.supply import Place
-from fastmim.views import View
+from fastmim.views import Crop
 
 READ_CHUNK = 8  # files read by one task: enough to hide what a task costs, few enough to spread a micro-batch
 READERS_PER_THREAD = 4  # readers wait for disks most of the time
@@ -42,7 +42,7 @@ class FileSupply:
     def __init__(
         self,
         images: Images,
-        views: Sequence[View],
+        crops: Sequence[Crop],
         bad: BadFiles,
         *,
         config: DataConfig,
@@ -50,13 +50,13 @@ class FileSupply:
         channels: int,
         device: torch.device,
     ):
-        self._images, self._views, self._bad, self._ahead = images, views, bad, config.prefetch
+        self._images, self._crops, self._bad, self._ahead = images, crops, bad, config.prefetch
         self._reading: deque[Micro] = deque()
         self._decoding: deque[Micro] = deque()
         threads = config.num_threads()
         self._decoder = make_decoder(
             config.decoder,
-            views,
+            crops,
             batch=batch,
             channels=channels,
             threads=threads,
@@ -72,10 +72,10 @@ class FileSupply:
     def serve(self, places: Iterator[Place]) -> Iterator[tuple[Place, tuple[Tensor, ...]]]:
         while True:
             self._keep_busy(places)
-            views = self._result()
+            crops = self._result()
             micro = self._decoding.popleft()
             self._keep_busy(places)  # before the caller computes, so that decoding goes on meanwhile
-            yield micro.place, views
+            yield micro.place, crops
 
     def close(self) -> None:
         self._open.close()
@@ -101,7 +101,7 @@ class FileSupply:
     def _request(self, micro: Micro) -> Request:
         good = [self._good(micro, slot) for slot in range(len(micro.sources))]
         data, sizes_B2 = [data for data, _ in good], np.array([size for _, size in good])
-        return Request(data, draw_views(micro.place.keys_B, sizes_B2, self._views))
+        return Request(data, draw_crops(micro.place.seeds_B, sizes_B2, self._crops))
 
     def _result(self) -> tuple[Tensor, ...]:
         while True:

@@ -20,7 +20,7 @@ IS_POINTER = "a Git LFS pointer, not the file itself: run `git lfs pull`"
 class Images(ABC):
     """Encoded images, the i-th of which is sample i; `root` is what it is called when it is reported.
 
-    `labels` are int32 `[len(self)]` numbers of `classes`; None and () for an unlabelled set. `left_out` is
+    `labels` are int32 `[len(self)]` numbers of `classes`; None and () for an unlabeled set. `left_out` is
     what lies beside them and is not read.
     """
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fastmim.data.bad_image import BadImage
 
 START = b"\xff\x4f\xff\x51"
-SPACES = {12: "CMYK", 16: "sRGB", 17: "grey", 18: "sYCC"}
+SPACES = {12: "CMYK", 16: "sRGB", 17: "gray", 18: "sYCC"}
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,6 @@ def read_jp2(data: bytes) -> Jp2:
         space = int.from_bytes(header[at + 7 : at + 11])
         if space not in SPACES:
             raise BadImage(
-                f"JPEG 2000 of colour space {space} is not decoded; {', '.join(SPACES.values())} are"
+                f"JPEG 2000 of color space {space} is not decoded; {', '.join(SPACES.values())} are"
             )
     return Jp2(bottom - top, right - left, bits, start, b"pclr" in header)

@@ -30,7 +30,7 @@ class Jpeg:
     width: int
     bands: int
     sequential: bool
-    plain: bool  # grey or YCbCr, Huffman-coded, no byte between segments: every decoder reads it alike
+    plain: bool  # gray or YCbCr, Huffman-coded, no byte between segments: every decoder reads it alike
     scan: int
 
 
@@ -95,7 +95,7 @@ def _frame(marker: int, frame: bytes) -> Jpeg:
     if bits != 8:
         raise BadImage(f"{bits}-bit JPEG is not decoded; 8-bit is")
     if bands not in (1, 3, 4):
-        raise BadImage(f"JPEG of {bands} bands is not decoded; of 1 (grey), 3 (colour) and 4 (CMYK) is")
+        raise BadImage(f"JPEG of {bands} bands is not decoded; of 1 (gray), 3 (color) and 4 (CMYK) is")
     height, width = int.from_bytes(frame[1:3]), int.from_bytes(frame[3:5])
     sequential = marker in (0xC0, 0xC1, 0xC9)
     return Jpeg(height, width, bands, sequential, marker in HUFFMAN and bands < 4, 0)

@@ -1,12 +1,12 @@
-"""Micro-batches of views, for ever, from any step: order, keys, and a supply of views put together.
+"""Micro-batches of crops, for ever, from any step: order, keys, and a supply of crops put together.
 
-    batch(step, micro_step, rank) = f(images, views, seed; ids of the order)
+    batch(step, micro_step, rank) = f(images, crops, seed; ids of the order)
     sample id shows image           id % number of images
 
 Nothing is remembered that changes a batch, so a loader that starts at step n gives what one that started at
 0 gives from there, 1 or N ranks see the same images cut at the same boxes, and where the pixels come from
 (`data.cache`) is not seen. An epoch longer than the set repeats images: each repeat is a sample with a key
-of its own, so other crops, colours and masks.
+of its own, so other crops, colors and masks.
 
 Bad files: the slot of a file that cannot be decoded gets the bytes of the next image (cyclically) that can,
 but keeps the key of its own. The batch is the one of a folder where the bad file held these bytes.
@@ -17,18 +17,18 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from fastmim_kernels.philox import sample_keys
+from fastmim_kernels.philox import sample_seeds
 
 from fastmim.data.bad import BadFiles
 from fastmim.data.cache import CacheSupply, fill
 from fastmim.data.config import DataConfig
-from fastmim.data.draws import check_views
+from fastmim.data.draws import check_crops
 from fastmim.data.files import FileSupply
 from fastmim.data.order import SampleOrder
 from fastmim.data.sizes import Sizes
 from fastmim.data.source import Images
 from fastmim.data.supply import Place, Supply, to_device
-from fastmim.views import Batch, View
+from fastmim.views import Batch, Crop
 
 
 class Loader:
@@ -41,7 +41,7 @@ class Loader:
     def __init__(
         self,
         images: Images,
-        views: Sequence[View],
+        crops: Sequence[Crop],
         order: SampleOrder,
         *,
         config: DataConfig,
@@ -56,19 +56,19 @@ class Loader:
         if order.num_samples != wanted:
             raise ValueError(f"want an order of {wanted} samples, got one of {order.num_samples}")
         self._num_images, self._order, self._seed, self._device = len(images), order, seed, device
-        views = check_views(views)
+        crops = check_crops(crops)
         bad = BadFiles(images, config, bad_samples, rank=order.rank)
         self._supply: Supply
         if config.cache == "none":
             self._supply = FileSupply(
-                images, views, bad, config=config, batch=order.micro, channels=channels, device=device
+                images, crops, bad, config=config, batch=order.micro, channels=channels, device=device
             )
         else:
             cache = fill(
                 images, bad, config=config, channels=channels, device=device, sizes=sizes,
                 step=start_step, epoch=start_step // order.steps_per_epoch, quiet=order.rank > 0,
             )  # fmt: skip
-            self._supply = CacheSupply(cache, views, device)
+            self._supply = CacheSupply(cache, crops, device)
         self._served = self._supply.serve(self._places(start_step))
 
     def __iter__(self) -> Self:
@@ -76,11 +76,11 @@ class Loader:
 
     def __next__(self) -> Batch:
         try:
-            place, views = next(self._served)
+            place, crops = next(self._served)
         except BaseException:
             self.close()
             raise
-        return Batch(views, to_device(place.keys_B, self._device), place.ids_B, place.epoch)
+        return Batch(crops, to_device(place.seeds_B, self._device), place.ids_B, place.epoch)
 
     def close(self) -> None:
         """Stop reading and decoding; may be called again."""
@@ -97,6 +97,6 @@ class Loader:
             for micro_step in range(self._order.accumulate):
                 epoch, ids = self._order.ids(step, micro_step)
                 ids_B = torch.from_numpy(ids)
-                keys_B = sample_keys(self._seed, epoch, ids_B)
-                yield Place(step, epoch, ids_B, keys_B, ids % self._num_images)
+                seeds_B = sample_seeds(self._seed, epoch, ids_B)
+                yield Place(step, epoch, ids_B, seeds_B, ids % self._num_images)
             step += 1

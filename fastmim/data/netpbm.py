@@ -60,7 +60,7 @@ def _read_pam(data: bytes) -> Netpbm:
         b"TUPLTYPE", {1: b"GRAYSCALE", 2: b"GRAYSCALE_ALPHA", 3: b"RGB"}.get(bands, b"RGB_ALPHA")
     )
     if TUPLES.get(tuples) != bands:
-        raise BadImage(f"PAM of {bands} bands of {tuples[:30]!r} is not decoded; grey, RGB, and alpha are")
+        raise BadImage(f"PAM of {bands} bands of {tuples[:30]!r} is not decoded; gray, RGB, and alpha are")
     return _checked(Netpbm(height, width, bands, maxval, len(header) + len(end), False, False), data)
 
 

@@ -7,7 +7,7 @@
     DST/bad_samples.jsonl       what could not be decoded and was left out
 
 An image whose short side is larger than `short_side` is resized to it by Pillow's bicubic filter, which is
-antialiased and the filter of the views, and encoded in its own format; of what is not pixels it keeps its
+antialiased and the filter of the crops, and encoded in its own format; of what is not pixels it keeps its
 orientation. Any other is stored byte for byte. The bytes of a shard are a function of source, options and the
 versions of Pillow and its codecs, not of the number of threads.
 

@@ -1,6 +1,6 @@
 """The decoder for machines without DALI, chosen by name: Pillow in a pool of threads.
 
-    encoded bytes -> `pixels.decode_array` -> RGB or grey; then, outside of it, `decoder.cut_views`
+    encoded bytes -> `pixels.decode_array` -> RGB or gray; then, outside of it, `decoder.cut_crops`
 
 With the crop, resize and flip of that it is the pipeline of torchvision's ImageFolder, RandomResizedCrop and
 RandomHorizontalFlip, and what the graph of DALI is compared with. `Image.draft`, which decodes JPEGs at a
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from fastmim.data.bad_image import BadImage
-from fastmim.data.decoder import Rejected, Request, cut_views
+from fastmim.data.decoder import Rejected, Request, cut_crops
 from fastmim.data.draws import Draws
 from fastmim.data.pixels import decode_array
 from fastmim.data.supply import to_device
-from fastmim.views import View
+from fastmim.views import Crop
 
 
 class PillowDecoder:
@@ -27,7 +27,7 @@ class PillowDecoder:
 
     def __init__(
         self,
-        views: Sequence[View],
+        crops: Sequence[Crop],
         *,
         batch: int,
         channels: int,
@@ -35,7 +35,7 @@ class PillowDecoder:
         depth: int,
         device: torch.device,
     ):
-        self._views, self._channels = views, channels
+        self._crops, self._channels = crops, channels
         self._depth, self._device = depth, device
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="pillow")
         self._working: deque[tuple[Request, list[Future[Tensor]]]] = deque()
@@ -45,8 +45,8 @@ class PillowDecoder:
         self._working.append((request, tasks))
 
     def result(self) -> tuple[Tensor, ...]:
-        views = cut_views(self._views, *self.decoded())
-        return tuple(to_device(view, self._device) for view in views)
+        crops = cut_crops(self._crops, *self.decoded())
+        return tuple(to_device(crop, self._device) for crop in crops)
 
     def decoded(self) -> tuple[list[Tensor], Draws]:
         assert len(self._working) == self._depth, "result() needs a full queue"

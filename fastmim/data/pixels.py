@@ -6,17 +6,17 @@
     b bits, signed        -2^(b-1) .. 2^(b-1) - 1
     netpbm                0 .. maxval of the file
     white is zero         (TIFF) turned, so that black is 0
-    palette               its colours, of 8 bits; TIFF's of 16 by their upper byte
-    grey for colour       repeated; colour for grey: Pillow's luma, 0.299 R + 0.587 G + 0.114 B
-    alpha                 dropped, not blended: colours are those stored; premultiplied ones are divided first
+    palette               its colors, of 8 bits; TIFF's of 16 by their upper byte
+    gray for color       repeated; color for gray: Pillow's luma, 0.299 R + 0.587 G + 0.114 B
+    alpha                 dropped, not blended: colors are those stored; premultiplied ones are divided first
     CMYK, YCCK            (255 - C) (255 - K) / 255 and so on; Adobe's inverted JPEGs are turned first
-    ignored               orientation, colour profiles, gamma; pictures after the first of a file
+    ignored               orientation, color profiles, gamma; pictures after the first of a file
     refused, by name      floating-point and 32-bit samples, CIELAB, bands beyond these, what DECODE lacks
 
 The DALI decoder leaves plain JPEGs and PNGs (`for_dali`) to DALI. All else is decoded by DECODE here, as for
 the Pillow decoder, packing, statistics and evaluations: these differ in plain JPEGs only.
 
-Limits  JPEG 2000 in colour of more than 8 bits is rounded by OpenJPEG's shift: at most a level off the rule.
+Limits  JPEG 2000 in color of more than 8 bits is rounded by OpenJPEG's shift: at most a level off the rule.
 """
 
 import sys
@@ -49,7 +49,7 @@ LEVELS, DEEP = 255, 65535
 def for_dali(data: bytes, channels: int) -> tuple[bytes, tuple[int, int]] | None:
     """What DALI decodes of a file as the rule says, and its (height, width); None of others.
 
-    A JPEG that leaves nothing to interpretation, and a PNG of bytes of grey or RGB whose checksums are right,
+    A JPEG that leaves nothing to interpretation, and a PNG of bytes of gray or RGB whose checksums are right,
     without all that is not pixels. That a file is whole `read_header` has seen.
     """
     try:
@@ -58,7 +58,7 @@ def for_dali(data: bytes, channels: int) -> tuple[bytes, tuple[int, int]] | None
             return (data, (front.height, front.width)) if front.plain else None
         if data.startswith(b"\x89PNG\r\n\x1a\n"):
             facts = png.read_png(data)
-            if facts.bits == 8 and facts.color == (png.RGB if channels == 3 else png.GREY):
+            if facts.bits == 8 and facts.color == (png.RGB if channels == 3 else png.GRAY):
                 pixels = png.only_pixels(data, checked=True)
                 return pixels, (facts.height, facts.width)
     except BadImage:
@@ -69,7 +69,7 @@ def for_dali(data: bytes, channels: int) -> tuple[bytes, tuple[int, int]] | None
 def decode(data: bytes, *, deep: bool = False) -> Image.Image:
     """The picture without alpha, modes 1, L, P, RGB, CMYK; BadImage, which says why, if there is none.
 
-    `deep` gives grey of more than 8 bits as I;16 of 0 to 65535. `format` is the file's.
+    `deep` gives gray of more than 8 bits as I;16 of 0 to 65535. `format` is the file's.
     """
     header = read_header(data)
     try:
@@ -115,7 +115,7 @@ def scaled(values: np.ndarray, maxval: int, levels: int = LEVELS) -> np.ndarray:
 
 
 def _image(values_HWC: np.ndarray, maxval: int, deep: bool) -> Image.Image:
-    """Of one band or two, grey and alpha, or three or four."""
+    """Of one band or two, gray and alpha, or three or four."""
     colors = values_HWC[:, :, : 1 if values_HWC.shape[2] < 3 else 3]
     if colors.shape[2] == 1:
         colors = colors[:, :, 0]
@@ -124,7 +124,7 @@ def _image(values_HWC: np.ndarray, maxval: int, deep: bool) -> Image.Image:
 
 
 def _straight(values_HWC: np.ndarray, maxval: int) -> np.ndarray:
-    """Premultiplied colours divided by their alpha, the last band, which is left out; 0 where that is 0."""
+    """Premultiplied colors divided by their alpha, the last band, which is left out; 0 where that is 0."""
     colors, alpha = values_HWC[:, :, :-1].astype(np.int64), values_HWC[:, :, -1:].astype(np.int64)
     divided = (2 * maxval * colors + alpha) // np.maximum(2 * alpha, 1)
     return np.where(alpha > 0, np.minimum(divided, maxval), 0).astype(values_HWC.dtype)
@@ -151,7 +151,7 @@ def _lay_out(image: ImageFile.ImageFile, raw: str) -> None:
 
 
 def _both_bytes(opened: Callable[[], ImageFile.ImageFile]) -> np.ndarray:
-    """uint16 `[H, W, bands]` of 16-bit colours, of which Pillow unpacks one byte at a time."""
+    """uint16 `[H, W, bands]` of 16-bit colors, of which Pillow unpacks one byte at a time."""
     halves = []
     for upper in (True, False):
         image = opened()
@@ -170,8 +170,8 @@ def _png(data: bytes, facts: png.Png, deep: bool) -> Image.Image:
     data = png.only_pixels(data)
     if facts.bits < 16:
         return _load(PngImagePlugin.PngImageFile(BytesIO(data)))
-    if facts.color in (png.GREY, png.GREY_ALPHA):  # two bytes of grey are one of grey and one of alpha
-        bytewise = png.GREY_ALPHA if facts.color == png.GREY else png.RGB_ALPHA
+    if facts.color in (png.GRAY, png.GRAY_ALPHA):  # two bytes of gray are one of gray and one of alpha
+        bytewise = png.GRAY_ALPHA if facts.color == png.GRAY else png.RGB_ALPHA
         image = PngImagePlugin.PngImageFile(BytesIO(png.with_header(data, 8, bytewise)))
         pairs = np.asarray(_load(image)).astype(np.uint16)
         return _image(pairs[:, :, 0:1] * 256 + pairs[:, :, 1:2], DEEP, deep)

@@ -10,7 +10,7 @@ from zlib import crc32
 
 from fastmim.data.bad_image import BadImage
 
-GREY, RGB, PALETTE, GREY_ALPHA, RGB_ALPHA = 0, 2, 3, 4, 6
+GRAY, RGB, PALETTE, GRAY_ALPHA, RGB_ALPHA = 0, 2, 3, 4, 6
 KEPT = {b"IHDR", b"PLTE", b"IDAT", b"IEND", b"eXIf"}
 AT = 8  # of the first chunk
 

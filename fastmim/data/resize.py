@@ -1,8 +1,8 @@
 """An image at most so large, encoded again in its own format.
 
-Pillow's bicubic filter, which is antialiased and the filter of the views, on the pixels that the views show:
-alpha is dropped, and what lies deep is by the rule of `pixels`; grey of more than 8 bits keeps 16. Colours of
-a palette and pixels of one bit cannot be averaged: these become RGB and grey. Of what is not pixels the
+Pillow's bicubic filter, which is antialiased and the filter of the crops, on the pixels that the crops show:
+alpha is dropped, and what lies deep is by the rule of `pixels`; gray of more than 8 bits keeps 16. Colors of
+a palette and pixels of one bit cannot be averaged: these become RGB and gray. Of what is not pixels the
 orientation is kept.
 """
 
@@ -23,7 +23,7 @@ def resized(data: bytes, image: Image.Image, short_side: int | None, quality: in
     size = round(image.width * scale), round(image.height * scale)
     kept, form = Image.Exif(), image.format
     orientation = _orientation(data, form)
-    if image.mode in ("P", "1"):  # numbers of colours cannot be averaged
+    if image.mode in ("P", "1"):  # numbers of colors cannot be averaged
         image = image.convert("RGB" if image.mode == "P" else "L")
     if orientation:
         kept[ORIENTATION] = orientation

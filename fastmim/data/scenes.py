@@ -1,7 +1,7 @@
 """The pictures of the embedded sample set: procedural scenes, each with one object of a class.
 
-A class is a shape. Colours, texture, pose, light and clutter are drawn without looking at the class, so
-that mean colour does not tell it. Image `index` of a split is a function of (SEED, split, index) alone.
+A class is a shape. Colors, texture, pose, light and clutter are drawn without looking at the class, so
+that mean color does not tell it. Image `index` of a split is a function of (SEED, split, index) alone.
 
 Bytes   equal for equal versions of numpy and Pillow on one kind of processor (numpy's sin differs by ulps).
 Run     as a script it writes a share of the set: `scenes.py FOLDER NUM K`. It imports numpy and Pillow only.
@@ -154,7 +154,7 @@ def _noise(rng: Generator, shape: tuple[int, int], cells: int) -> np.ndarray:
 
 
 def _texture(rng: Generator, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """How much of the second colour lies at (u, v), fp32 0..1: seven kinds, turned, scaled and bent."""
+    """How much of the second color lies at (u, v), fp32 0..1: seven kinds, turned, scaled and bent."""
     kind, scale, turn = rng.integers(7), rng.uniform(4, 13), rng.uniform(0, np.pi)
     bend = rng.uniform(0, 0.15) * _noise(rng, u.shape, 3)
     u, v = scale * (np.cos(turn) * u - np.sin(turn) * v + bend), scale * (np.sin(turn) * u + np.cos(turn) * v)
@@ -175,8 +175,8 @@ def _texture(rng: Generator, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.clip(0.5 + 0.5 * wave, 0, 1, dtype=np.float32)
 
 
-def _colours(rng: Generator, against: float | None = None) -> np.ndarray:
-    """`[2, 3]` colours 0..1; where `against` is a brightness, theirs is well away from it on one side."""
+def _colors(rng: Generator, against: float | None = None) -> np.ndarray:
+    """`[2, 3]` colors 0..1; where `against` is a brightness, theirs is well away from it on one side."""
     while True:
         pair = rng.uniform(0.05, 0.95) + rng.uniform(-0.33, 0.33, (2, 3))
         pair = np.clip(pair, 0.02, 0.98).astype(np.float32)
@@ -190,15 +190,15 @@ def _surface(rng: Generator, u: np.ndarray, v: np.ndarray, pair: np.ndarray) -> 
 
 def _background(rng: Generator, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """A wall, often a floor that runs to a horizon, often a patch of something else. `[H, W, 3]`."""
-    scene = _surface(rng, x, y, _colours(rng))
+    scene = _surface(rng, x, y, _colors(rng))
     if rng.random() < 0.6:
         height = y - rng.uniform(-0.3, 0.4) - rng.uniform(-0.15, 0.15) * x
         depth = 0.5 / np.maximum(height + 0.12, 0.12)
-        floor = _surface(rng, x * depth, depth, _colours(rng))
+        floor = _surface(rng, x * depth, depth, _colors(rng))
         scene += np.clip(40 * height, 0, 1)[..., None] * (floor - scene)
     if rng.random() < 0.6:
         where = np.clip(25 * (_noise(rng, x.shape, 2) - rng.uniform(0.1, 0.4)), 0, 1)[..., None]
-        scene += where * (_surface(rng, x, y, _colours(rng)) - scene)
+        scene += where * (_surface(rng, x, y, _colors(rng)) - scene)
     return scene
 
 
@@ -262,8 +262,8 @@ def _put(
 
     plane = _project(np.linalg.inv(pose).astype(np.float32), grid)
     under = (scene @ np.full(3, 1 / 3, np.float32) * face).sum() / face.sum()
-    colour = _surface(rng, plane[..., 0], plane[..., 1], _colours(rng, float(under)))
-    scene += side[..., None] * (rng.uniform(0.4, 0.7) * colour - scene)
+    color = _surface(rng, plane[..., 0], plane[..., 1], _colors(rng, float(under)))
+    scene += side[..., None] * (rng.uniform(0.4, 0.7) * color - scene)
 
     # the face bulges: its height is the mask blurred, its light what a half-glossy surface sends back
     soft = unit * scale * rng.uniform(0.04, 0.1)
@@ -271,7 +271,7 @@ def _put(
     towards = (slope_x * sun[0] + slope_y * sun[1]) * (-2.5 * soft)
     gloss = rng.uniform(0, 1.6) * np.clip(towards - 0.25, 0, 1)
     shine = rng.uniform(0, 0.5) * np.exp(_squared(plane - 0.5 * sun) * -rng.uniform(4, 12))
-    lit = colour * (1 + 0.6 * np.clip(towards, -1, 1))[..., None] + (gloss + shine)[..., None]
+    lit = color * (1 + 0.6 * np.clip(towards, -1, 1))[..., None] + (gloss + shine)[..., None]
     scene += face[..., None] * (lit - scene)
 
 
@@ -286,7 +286,7 @@ def _lines(rng: Generator, scene: np.ndarray, num: int) -> None:
         points = [tuple(p) for p in bend.tolist()]
         ImageDraw.Draw(canvas).line(points, fill=255, width=int(rng.integers(FINE, 4 * FINE)), joint="curve")
         mask = np.asarray(canvas.reduce(FINE), dtype=np.float32)[..., None] / 255
-        scene += mask * (_colours(rng)[0] - scene)
+        scene += mask * (_colors(rng)[0] - scene)
 
 
 def render(split: str, index: int) -> Image.Image:

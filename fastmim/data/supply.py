@@ -1,9 +1,9 @@
-"""The contract between the loader, which knows what a micro-batch is of, and what makes its views.
+"""The contract between the loader, which knows what a micro-batch is of, and what makes its crops.
 
     loader:  step -> sample ids, keys, images          (order.py)
-    supply:  images, keys -> views                     from files.py, or from the decoded images of cache.py
+    supply:  images, keys -> crops                     from files.py, or from the decoded images of cache.py
 
-A supply decides nothing: from any of them the same place has the same views.
+A supply decides nothing: from any of them the same place has the same crops.
 """
 
 from collections.abc import Iterator
@@ -22,13 +22,13 @@ class Place:
     step: int
     epoch: int
     ids_B: Tensor  # int64, CPU
-    keys_B: Tensor  # int64, CPU
+    seeds_B: Tensor  # int64, CPU
     images_B: np.ndarray  # int64: sample ids, modulo the number of images
 
 
 class Supply(Protocol):
     def serve(self, places: Iterator[Place]) -> Iterator[tuple[Place, tuple[Tensor, ...]]]:
-        """The places and their views, uint8 `[B, H, W, C]` on the training device, in the same order.
+        """The places and their crops, uint8 `[B, H, W, C]` on the training device, in the same order.
 
         Takes places ahead of what it gives. BadImages when too many images cannot be decoded.
         """

@@ -12,17 +12,17 @@ from fastmim.data.bad_image import BadImage
 
 WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, ORIENTATION = 256, 257, 258, 259, 262, 274
 SAMPLES, PLANAR, EXTRA, FORMAT = 277, 284, 338, 339
-COLOURS = {0: "grey", 1: "grey", 2: "RGB", 3: "palette", 5: "CMYK", 6: "YCbCr"}
-OTHERS = {4: "a mask", 8: "CIELAB", 9: "ICCLAB", 10: "ITULAB", 32803: "a colour filter array"}
-BASE = {"grey": 1, "palette": 1, "RGB": 3, "YCbCr": 3, "CMYK": 4}  # bands without alpha
+COLORS = {0: "gray", 1: "gray", 2: "RGB", 3: "palette", 5: "CMYK", 6: "YCbCr"}
+OTHERS = {4: "a mask", 8: "CIELAB", 9: "ICCLAB", 10: "ITULAB", 32803: "a color filter array"}
+BASE = {"gray": 1, "palette": 1, "RGB": 3, "YCbCr": 3, "CMYK": 4}  # bands without alpha
 DEPTHS = {
-    "grey": (1, 2, 4, 8, 12, 16),
+    "gray": (1, 2, 4, 8, 12, 16),
     "palette": (1, 2, 4, 8),
     "RGB": (8, 16),
     "CMYK": (8, 16),
     "YCbCr": (8,),
 }
-ACCEPTED = "grey, palette, RGB, CMYK and YCbCr (JPEG) of 1 to 16 bits, with or without alpha, are"
+ACCEPTED = "gray, palette, RGB, CMYK and YCbCr (JPEG) of 1 to 16 bits, with or without alpha, are"
 # none, fax, LZW, JPEG, deflate, packed bits and words, LZMA, Zstandard, WebP
 COMPRESSIONS = (1, 2, 3, 4, 5, 7, 8, 32946, 32773, 32771, 34925, 50000, 50001)
 SHORT, LONG, LONG8 = 3, 4, 16
@@ -36,7 +36,7 @@ class Tiff:
 
     height: int
     width: int
-    color: str  # of COLOURS
+    color: str  # of COLORS
     bits: int
     bands: int
     white_is_zero: bool
@@ -66,7 +66,7 @@ def read_tiff(data: bytes) -> Tiff:
     bands, bits = tag(SAMPLES, 1), tags.get(BITS) or (1,)
     formats, extra = set(tags.get(FORMAT) or (1,)), tags.get(EXTRA) or ()
     photometric, compression, planar = tag(PHOTOMETRIC, 0), tag(COMPRESSION, 1), tag(PLANAR, 1)
-    color = COLOURS.get(photometric)
+    color = COLORS.get(photometric)
     base = BASE.get(color or "", 1)
     depth = f"{'/'.join(map(str, sorted(set(bits))))}-bit"
 
@@ -79,22 +79,22 @@ def read_tiff(data: bytes) -> Tiff:
         raise refuse("floating-point numbers" if 3 in formats else f"sample format {max(formats)}")
     if len(set(bits)) > 1 or bits[0] not in DEPTHS[color]:
         raise refuse(f"{depth} {color}")
-    many = bands > base + (0 if color in ("grey", "palette", "CMYK") else 1) and bits[0] != 8
+    many = bands > base + (0 if color in ("gray", "palette", "CMYK") else 1) and bits[0] != 8
     if not base <= bands <= base + 1 + 2 * (color in ("RGB", "CMYK")) or many:
         raise refuse(f"{bands} bands of {depth} {color}")
     signed = formats == {2}
-    if signed and (bits[0] not in (8, 16) or color not in ("grey", "RGB")):
+    if signed and (bits[0] not in (8, 16) or color not in ("gray", "RGB")):
         raise refuse(f"signed {depth} {color}")
     if (color == "YCbCr" and compression != 7) or compression == 6:
         raise refuse("YCbCr that is not coded as (new) JPEG")
     if compression not in COMPRESSIONS:
         raise refuse(f"compression {compression}")
     if bits[0] == 12 and order == ">" and compression != 1:
-        raise refuse("compressed big-endian 12-bit grey")
+        raise refuse("compressed big-endian 12-bit gray")
     if planar == 2 and bands > 1 and (bits[0] > 8 or signed):
         raise refuse(f"{depth} {color} in planes")
     return Tiff(
-        tag(HEIGHT, 0), tag(WIDTH, 0), color, bits[0], bands, color == "grey" and photometric == 0, signed,
+        tag(HEIGHT, 0), tag(WIDTH, 0), color, bits[0], bands, color == "gray" and photometric == 0, signed,
         bool(extra) and extra[0] == 1 and bands > base, order == ">", compression == 1,
         places,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from fastmim.data.images import Images
 from fastmim.data.pack import is_as_packed
 from fastmim.data.whole import decode_all
 
-CHANNELS = 3  # no image is bad in grey and good in colour, or the other way round
+CHANNELS = 3  # no image is bad in gray and good in color, or the other way round
 
 
 def verify(

@@ -14,7 +14,7 @@ from fastmim.data.scan import in_order
 def decode_all(
     decoder: Decoder, images: Images, *, chunk: int, threads: int
 ) -> Iterator[tuple[int, Tensor | str]]:
-    """Sample ids and uint8 `[H, W, C]`, or why there is none; `decoder` has no views and depth 1.
+    """Sample ids and uint8 `[H, W, C]`, or why there is none; `decoder` has no crops and depth 1.
 
     As many as `chunk`, the decoder's batch, are in memory at once.
     """

@@ -112,7 +112,9 @@ class Checkpoints:
             every(lambda: explained(lambda: write(tmp)))
             names = main(lambda: _written(tmp))
             share = every(lambda: explained(lambda: self._settle(tmp, names)))
-            files = {name: entry for share in self.ranks.gather(share) for name, entry in share.items()}
+            files = {
+                name: entry for share in self.ranks.gather_objects(share) for name, entry in share.items()
+            }
             body = {"format": FORMAT, "step": step, "world": self.ranks.world, "facts": facts, "files": files}
             return main(lambda: explained(lambda: self._publish(tmp, body)))
         except CheckpointError:

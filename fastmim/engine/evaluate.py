@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastmim.data import find_images
-from fastmim.data.centre import FRACTION, centre_crops
+from fastmim.data.center import FRACTION, center_crops
 from fastmim.evals.features import Feature, features_of
 from fastmim.evals.knn import knn
 from fastmim.evals.ridge import ridge
@@ -57,7 +57,7 @@ def config_of(metadata: dict[str, str]) -> ViTConfig:
     )
 
 
-def labelled_features(
+def labeled_features(
     encoder: Encoder,
     path: Path,
     *,
@@ -66,7 +66,7 @@ def labelled_features(
     device: torch.device,
     threads: int,
 ) -> tuple[dict[Feature, Tensor], Tensor, tuple[str, ...]]:
-    """Features of a labelled set's centre crops, its labels `[N]` and classes. ValueError without labels.
+    """Features of a labeled set's center crops, its labels `[N]` and classes. ValueError without labels.
 
     Of `most` images, if there are more: evenly spaced over the ids, so of each class its share where the
     images of a class lie together.
@@ -78,7 +78,7 @@ def labelled_features(
         raise ValueError(f"want images with labels, a folder of each class or shards that name it, in {path}")
     config, num = encoder.config, min(len(images), most or len(images))
     ids = (np.arange(num) * len(images) // num).tolist()
-    crops = centre_crops(
+    crops = center_crops(
         images, config.size, ids=ids, channels=config.channels, fraction=fraction, threads=threads
     )
     found = features_of(encoder, (pixels for pixels, _ in crops), device)
@@ -92,8 +92,8 @@ def evaluate(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder = load_encoder(run)
     how: dict[str, Any] = {"fraction": fraction, "most": most, "device": device, "threads": threads}
-    known, labels, classes = labelled_features(encoder, train, **how)
-    asked, truth, other = labelled_features(encoder, test, **how)
+    known, labels, classes = labeled_features(encoder, train, **how)
+    asked, truth, other = labeled_features(encoder, test, **how)
     if classes != other:
         raise ValueError(
             f"want the same classes in both sets, got {len(classes)} and {len(other)}, or others"

@@ -45,7 +45,7 @@ with no_backend_named():
     from matplotlib.figure import Figure
 
 EPS = 1e-6  # of the pixel loss
-GREY = 128  # hidden patches
+GRAY = 128  # hidden patches
 GAP = 2  # white pixels between the cells of the grid
 COLUMNS = ("original", "masked", "reconstruction", "prediction alone")
 MAX_ROWS = 8  # samples in the file
@@ -135,7 +135,7 @@ def reconstruction_grid(
 ) -> Tensor:
     """uint8 `[3, B * (H + GAP) - GAP, 4 * (W + GAP) - GAP]`, on the CPU: a row per sample, in real pixels.
 
-    Columns: the original; hidden patches grey; the prediction with the visible patches pasted over it; the
+    Columns: the original; hidden patches gray; the prediction with the visible patches pasted over it; the
     prediction alone. `mean` and `std` are per channel, on the scale 0..1.
     """
     _check(image_BHWC, seen_BK, pred_BNP, patch, mean, std)
@@ -143,7 +143,7 @@ def reconstruction_grid(
     true_BNP = _patches(image_BHWC, patch)
     pred_BNP = _pixels(pred_BNP.detach().cpu().float(), true_BNP, mean, std, norm_pix)
     seen_BN1 = torch.zeros(true_BNP.shape[:2], dtype=torch.bool).scatter_(1, seen_BK, True)[..., None]
-    masked_BNP = torch.where(seen_BN1, true_BNP, torch.full_like(true_BNP, GREY))
+    masked_BNP = torch.where(seen_BN1, true_BNP, torch.full_like(true_BNP, GRAY))
     pasted_BNP = torch.where(seen_BN1, true_BNP, pred_BNP)
 
     B, H, W, C = image_BHWC.shape

@@ -168,7 +168,7 @@ def train(p: Prepared, *, arguments: list[str] | None = None) -> None:
         describe(p)
     ours = p.run.run_dir is None or not p.run_dir.exists()
     with no_empty_folder_left(p.run_dir, ours=ours):
-        p.method.peers = ranks
+        p.method.ranks = ranks
         engine = wrap(p.method, p.run, p.plan)
         teacher = Teacher(engine, ranks)
         start_step = load(engine, teacher, p.found, ranks) if p.found else 0
@@ -268,7 +268,7 @@ def loader_of(p: Prepared, start_step: int) -> Loader:
     )  # fmt: skip
     return Loader(
         p.images,
-        augmented(p.method.views, run.data.augment),
+        augmented(p.method.crops, run.data.augment),
         order,
         config=run.data,
         channels=run.model.channels,
@@ -342,7 +342,7 @@ def write_results(run: Run, run_dir: Path, state: dict[str, Tensor], batch: Batc
     draw_loss(run_dir / "metrics.jsonl", run_dir / "loss.png")
     method = run.method.build(replace(run.model, attention="auto"))  # in fp32, which xformers may not serve
     method.load_state_dict(state)
-    picture = method.to(batch.keys_B.device).eval().reconstruct(batch)
+    picture = method.to(batch.seeds_B.device).eval().reconstruct(batch)
     if picture is not None:
         draw_reconstruction(picture, run.model, run_dir / "reconstruction.png")
     report_bad_samples(run_dir / "bad_samples.jsonl")

@@ -49,7 +49,7 @@ class Ranks:
         world = int(os.environ.get("WORLD_SIZE", "1"))
         if not dist.is_initialized():
             if world > 1:
-                raise ValueError(f"WORLD_SIZE is {world}, but no process group is initialised")
+                raise ValueError(f"WORLD_SIZE is {world}, but no process group is initialized")
             return cls.single()
         if dist.get_world_size() > 1 and "LOCAL_RANK" not in os.environ:
             raise ValueError("LOCAL_RANK is not set: start the ranks with a launcher that sets it")
@@ -68,7 +68,7 @@ class Ranks:
         if self.world > 1:
             dist.barrier(group=self._gloo)
 
-    def gather(self, obj: Any) -> list[Any]:
+    def gather_objects(self, obj: Any) -> list[Any]:
         """Every rank's `obj`, by rank, on all ranks."""
         if self.world == 1:
             return [obj]
@@ -84,7 +84,7 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, group=self._gloo)
         return box[0]
 
-    def gather_rows(self, x: Tensor) -> Tensor:
+    def gather(self, x: Tensor) -> Tensor:
         """`[B, ...]` of every rank as `[world * B, ...]`, in rank order, without gradient.
 
         For tensors of a training step, over the default group: all ranks the same shape and dtype.
@@ -108,7 +108,7 @@ class Ranks:
             value = fn()
         except Exception as caught:
             error = caught
-        reasons = self.gather(None if error is None else f"{type(error).__name__}: {error}")
+        reasons = self.gather_objects(None if error is None else f"{type(error).__name__}: {error}")
         failed: dict[str, list[int]] = {}
         for rank, reason in enumerate(reasons):
             if reason is not None:

@@ -118,7 +118,7 @@ class Exchange:
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], starts: list[int], sizes: list[int], ranks: Ranks):
-        layouts = ranks.gather((starts, sizes))
+        layouts = ranks.gather_objects((starts, sizes))
         length = max(sum(sizes) for _, sizes in layouts)
         like = parameters[0]
         self.rows = torch.zeros(ranks.world, length, dtype=like.dtype, device=like.device)

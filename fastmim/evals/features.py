@@ -27,7 +27,7 @@ def features_of(encoder: Encoder, batches: Iterable[Tensor], device: torch.devic
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-def check_labelled(x_ND: Tensor, labels_N: Tensor, what: str) -> None:
+def check_labeled(x_ND: Tensor, labels_N: Tensor, what: str) -> None:
     """ValueError unless there is a label for each row, and a row."""
     if x_ND.ndim != 2 or labels_N.shape != x_ND.shape[:1] or len(x_ND) == 0:
         shapes = f"{tuple(x_ND.shape)} and {tuple(labels_N.shape)}"

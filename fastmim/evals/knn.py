@@ -1,4 +1,4 @@
-"""Weighted nearest neighbours on frozen features: accuracy of a vote, without any training.
+"""Weighted nearest neighbors on frozen features: accuracy of a vote, without any training.
 
     vote of class c = sum over the k nearest of the training set with label c of exp(cos(x, x_j) / 0.07)
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmim.evals.features import check_labelled
+from fastmim.evals.features import check_labeled
 
 TEMPERATURE = 0.07
 CHUNK = 1 << 26  # similarities held at once
@@ -24,11 +24,11 @@ def knn(
 
     ValueError for shapes that do not fit, or where no K is at most N.
     """
-    check_labelled(train_ND, train_N, "knn")
-    check_labelled(test_MD, test_M, "knn")
+    check_labeled(train_ND, train_N, "knn")
+    check_labeled(test_MD, test_M, "knn")
     ks = [k for k in ks if 1 <= k <= len(train_ND)]
     if not ks:
-        raise ValueError(f"knn: want at least as many training images as neighbours, got {len(train_ND)}")
+        raise ValueError(f"knn: want at least as many training images as neighbors, got {len(train_ND)}")
     train_ND = F.normalize(train_ND.float(), dim=1)
     num_classes = int(max(train_N.max(), test_M.max())) + 1
     right = dict.fromkeys(ks, 0)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmim.evals.features import check_labelled
+from fastmim.evals.features import check_labeled
 
 LAMBDAS = tuple(10.0**e for e in range(-6, 2))
 HELD_OUT = 10  # one image of so many
@@ -29,8 +29,8 @@ def ridge(
 
     ValueError for shapes that do not fit.
     """
-    check_labelled(train_ND, train_N, "ridge")
-    check_labelled(test_MD, test_M, "ridge")
+    check_labeled(train_ND, train_N, "ridge")
+    check_labeled(test_MD, test_M, "ridge")
     num_classes = int(max(train_N.max(), test_M.max())) + 1
     held = torch.arange(len(train_ND), device=train_ND.device) % HELD_OUT == HELD_OUT - 1
     best = lambdas[0]

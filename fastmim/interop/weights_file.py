@@ -102,7 +102,7 @@ def without_prefixes(flat: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def one_line(error: Exception) -> str:
-    """What was the matter: the lines of a library as one, without its advice and its colours."""
+    """What was the matter: the lines of a library as one, without its advice and its colors."""
     text = ESCAPES.sub("", str(error))
     if unknown := re.search(r"(?:Unsupported global: GLOBAL|GLOBAL) (\S+)", text):
         return f"{unknown[1].strip('`,')} would be run"

@@ -5,18 +5,18 @@
     method      views of a sample        T1 sees            second branch              M
     mae         one crop                 25 % of patches    the pixels                 l2 to hidden pixels
     rmae        one crop                 25 %               f on the other 75 %        l2 of decodes, anchor
-    cmae        one crop, two colours    25 %, mask tokens  EMA of f, other 75 %       InfoNCE per token
+    cmae        one crop, two colors    25 %, mask tokens  EMA of f, other 75 %       InfoNCE per token
     cmae_huang  a crop and its shift     35 %               EMA of f on all            l2, InfoNCE of pools
     simmim      one crop                 40 %, mask tokens  the pixels                 l1 to hidden pixels
     beit        one box, two sizes       60 %, mask tokens  a frozen tokenizer         cross entropy
-    ibot        2 large, 10 small crops  mask tokens        EMA of f on whole crops    cross entropy, centred
+    ibot        2 large, 10 small crops  mask tokens        EMA of f on whole crops    cross entropy, centerd
     data2vec    one crop                 40 %, mask tokens  EMA of f, several blocks   smooth l1
     mocov3      two crops                all                EMA of f on the other      InfoNCE across ranks
-    dino        2 large, 8 small crops   all                EMA of f on large crops    cross entropy, centred
+    dino        2 large, 8 small crops   all                EMA of f on large crops    cross entropy, centerd
     cae         one box, two sizes       25 %               f itself; a tokenizer      cross entropy, l2
 
 A method sees three things: the uint8 views and sample keys of a `Batch`; index tensors of fixed size for
-what is visible and what is scored, drawn from the keys; and `peers`, through which contrastive methods
+what is visible and what is scored, drawn from the keys; and `ranks`, through which contrastive methods
 gather the keys of other ranks. It owns every parameter that it trains, and its teacher if it has one,
 whose parameters carry requires_grad=False. The engine calls `forward`, moves the `averages` after each step,
 hands the `views` to the data and keeps `encoder` when training ends. It knows nothing else of a method.
@@ -29,7 +29,7 @@ from typing import ClassVar, Protocol
 from torch import Tensor, nn
 
 from fastmim.models.vit import ViTConfig
-from fastmim.views import Batch, View
+from fastmim.views import Batch, Crop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class MethodConfig:
         """ValueError if the method cannot work on micro-batches of this many images on each of the ranks."""
 
     def build(self, model: ViTConfig) -> "Method":
-        """Make the method for an encoder of this size, initialised from torch's global generator."""
+        """Make the method for an encoder of this size, initialized from torch's global generator."""
         raise NotImplementedError
 
 
@@ -60,10 +60,10 @@ class Reconstruction:
     image_BHWC: Tensor  # uint8
     seen_BK: Tensor  # int64, visible patches
     pred_BNP: Tensor  # prediction for every patch, row, column, channel
-    norm_pix: bool  # whether it predicts patch-normalised values
+    norm_pix: bool  # whether it predicts patch-normalized values
 
 
-class Peers(Protocol):
+class AcrossRanks(Protocol):
     """The ranks that share the batch, for methods whose loss looks across it."""
 
     @property
@@ -72,7 +72,7 @@ class Peers(Protocol):
     @property
     def world(self) -> int: ...
 
-    def gather_rows(self, x: Tensor) -> Tensor:
+    def gather(self, x: Tensor) -> Tensor:
         """`[B, ...]` of every rank as `[world * B, ...]`, in rank order, without gradient."""
 
 
@@ -80,8 +80,8 @@ class Method(nn.Module):
     """One pre-training objective."""
 
     encoder: nn.Module  # f: what is kept when pre-training ends
-    views: tuple[View, ...]  # what it asks of the data, in this order
-    peers: Peers  # set by the engine before the first step
+    crops: tuple[Crop, ...]  # what it asks of the data, in this order
+    ranks: AcrossRanks  # set by the engine before the first step
 
     def forward(self, batch: Batch) -> Output:
         raise NotImplementedError

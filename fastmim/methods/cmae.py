@@ -1,4 +1,4 @@
-"""C-MAE: two coloured, complementary views of one crop, compared token by token in feature space.
+"""C-MAE: two colored, complementary views of one crop, compared token by token in feature space.
 
     T  T1(x) = color1(x) * M keeps 25 % of the patches, T2(x) = color2(x) * (1 - M) the others    (Eq. 6, 11)
     f  the encoder with mask tokens at the hidden patches, all N + 1 tokens; projector p, predictor q
@@ -18,7 +18,7 @@ Left open by the paper, and why it is as it is here:
         head_norm        none is mentioned. Heads follow the encoder's last norm and start as MAE's layers.
                          Batch norm, as in MoCo v3, keeps more dimensions in short runs: see recipe cifar10.
         ema_schedule     a single value is given: constant. After the optimizer's step.
-        color            "follows SimSiam", whose blur is not named: jitter and greyscale; one crop for both.
+        color            "follows SimSiam", whose blur is not named: jitter and grayscale; one crop for both.
         loss_scale       the 2 tau of MoCo v3 is not in Eq. 9.
         loss=byol        2 - 2 cos, mean over tokens, heads and averages as they are.
         cutmix           T1 sees mixed images and T2 clean ones; the positive of a patch is the key of the
@@ -48,7 +48,7 @@ from fastmim.methods.rmae import SECOND_DRAW
 from fastmim.models.cutmix import cutmix_mask, mix_patches
 from fastmim.models.heads import Head, Norm
 from fastmim.models.vit import Encoder, ViTConfig
-from fastmim.views import C_MAE, Batch, View
+from fastmim.views import C_MAE, Batch, Crop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,13 +89,13 @@ class CMAEConfig(MethodConfig):
     ema_schedule: Literal["constant", "cosine"] = "constant"
     """cosine: from ema to 1 at the end of training"""
     color: bool = True
-    """Jitter and greyscale, a draw for each branch; otherwise both see the same pixels"""
+    """Jitter and grayscale, a draw for each branch; otherwise both see the same pixels"""
     blur_p: float = 0.0
-    """Probability of a Gaussian blur among the colours; SimSiam has 0.5"""
+    """Probability of a Gaussian blur among the colors; SimSiam has 0.5"""
     cutmix: bool = False
     """Show the online branch a rectangle of another image in each"""
     freeze_patch_embed: bool = False
-    """Leave the patch embedding as it is initialised"""
+    """Leave the patch embedding as it is initialized"""
 
     @property
     def couples_batch(self) -> bool:  # type: ignore[override]
@@ -160,7 +160,7 @@ class CMAEConfig(MethodConfig):
                 self.loss_scale == "2tau" and self.loss != "info_nce",
                 f"loss-scale: 2tau is of loss info_nce, got loss {self.loss}",
             ),
-            (self.blur_p > 0 and not self.color, "blur-p: blur is one of the colours, got no-color"),
+            (self.blur_p > 0 and not self.color, "blur-p: blur is one of the colors, got no-color"),
             (
                 self.cutmix and self.compare != "patch",
                 f"cutmix: want compare patch, as a mixed image has no single positive, got {self.compare}",
@@ -199,11 +199,11 @@ class CMAE(Method):
         if config.t2 == "independent":
             self.num_seen2 = num_seen_checked("method.t2-ratio", N, config.t2_ratio)
         self.check_positions()
-        view = View(size=model.size)
+        view = Crop(size=model.size)
         color = replace(C_MAE, blur=config.blur_p)
-        self.views = (view,)
+        self.crops = (view,)
         if config.color:
-            self.views = (replace(view, color=color, draw=0), replace(view, color=color, draw=1))
+            self.crops = (replace(view, color=color, draw=0), replace(view, color=color, draw=1))
         self.encoder = Encoder(model, mask_token=config.mask_token)
         self.encoder.patch_embed.requires_grad_(not config.freeze_patch_embed)
         out, hidden = config.out, config.hidden
@@ -233,30 +233,30 @@ class CMAE(Method):
         return 1 - away
 
     def forward(self, batch: Batch) -> Output:
-        one, two = batch.views[0], batch.views[-1]
-        seen1_BK, seen2_BK = self.transform(batch.keys_B)
-        loss, metrics = self.direction(batch.keys_B, one, seen1_BK, two, seen2_BK)
+        one, two = batch.crops[0], batch.crops[-1]
+        seen1_BK, seen2_BK = self.transform(batch.seeds_B)
+        loss, metrics = self.direction(batch.seeds_B, one, seen1_BK, two, seen2_BK)
         if self.config.symmetric:
-            other, _ = self.direction(batch.keys_B, two, seen2_BK, one, seen1_BK)
+            other, _ = self.direction(batch.seeds_B, two, seen2_BK, one, seen1_BK)
             loss = (loss + other) / 2
         return Output(loss, metrics)
 
-    def transform(self, keys_B: Tensor) -> tuple[Tensor, Tensor]:
+    def transform(self, seeds_B: Tensor) -> tuple[Tensor, Tensor]:
         """The patches that T1 and T2 show. `[B, K1]` and `[B, K2]` int64, ascending."""
         N, t2 = self.model.num_patches, self.config.t2
-        seen1_BK, hidden1_BL = split_patches(keys_B, N, self.num_seen)
+        seen1_BK, hidden1_BL = split_patches(seeds_B, N, self.num_seen)
         if t2 == "complement":
             return seen1_BK, hidden1_BL
         stream = SECOND_DRAW if t2 == "independent" else 0
-        return seen1_BK, split_patches(keys_B, N, self.num_seen2, stream=stream)[0]
+        return seen1_BK, split_patches(seeds_B, N, self.num_seen2, stream=stream)[0]
 
     def direction(
-        self, keys_B: Tensor, online_BHWC: Tensor, online_BK: Tensor, target_BHWC: Tensor, target_BK: Tensor
+        self, seeds_B: Tensor, online_BHWC: Tensor, online_BK: Tensor, target_BHWC: Tensor, target_BK: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one image in each branch, and the patches that each may see."""
         foreign_BN = None
         if self.config.cutmix:
-            foreign_BN = cutmix_mask(keys_B, self.model.grid)
+            foreign_BN = cutmix_mask(seeds_B, self.model.grid)
             online_BHWC = mix_patches(online_BHWC, foreign_BN, self.model.patch)
         x_BLD = self.compared(self.encoder(online_BHWC, online_BK))
         q_BTD = self.placed(self.predictor(self.projector(x_BLD)), online_BK)
@@ -268,9 +268,9 @@ class CMAE(Method):
             weight_BT = self.weight(online_BK, keys.positive_present_BT())
         c = self.config
         if c.loss == "info_nce" and c.negatives != "image":
-            check_others(len(keys_B) * self.peers.world)
+            check_others(len(seeds_B) * self.ranks.world)
         loss, metrics = compare_tokens(
-            q_BTD, keys, self.peers, weight_BT, distance=c.loss, negatives=c.negatives,
+            q_BTD, keys, self.ranks, weight_BT, distance=c.loss, negatives=c.negatives,
             temperature=c.temperature, scale=2 * c.temperature if c.loss_scale == "2tau" else 1.0,
         )  # fmt: skip
         if foreign_BN is not None:  # the numbers are of tokens and keys of one image

@@ -1,7 +1,7 @@
 """CMAE of Huang et al.: MAE, and a feature of the masked view that picks out its image among all others.
 
     T  one crop resized to 256 pixels; T1 its corner of 224, masked; T2 a window of 224 shifted by 0 to 31
-       pixels in each direction, coloured, whole
+       pixels in each direction, colored, whole
     f  the MAE encoder; target f', p': averages of encoder and projector p, on all patches, no final norm
     M  L_r + weight * L_c
        L_r = mean over hidden patches of || d(f(T1))_i - norm(x_i) ||^2 / P
@@ -32,7 +32,7 @@ from fastmim.methods.mae import check_ratio, num_seen_checked, pixel_loss
 from fastmim.models.heads import Head
 from fastmim.models.mae_decoder import Decoder, DecoderConfig
 from fastmim.models.vit import Encoder, ViTConfig
-from fastmim.views import SIMSIAM, Batch, View
+from fastmim.views import SIMSIAM, Batch, Crop
 
 GROUP = 2  # patches on each side of a cell of the mask
 
@@ -50,9 +50,9 @@ class CMAEHuangConfig(MethodConfig):
     shift: int = 31
     """Most pixels by which the target's window lies below and right of the other"""
     color: bool = True
-    """Jitter, greyscale and blur on the target's view"""
+    """Jitter, grayscale and blur on the target's view"""
     norm_pix: bool = True
-    """Predict pixels normalised by the mean and deviation of their own patch"""
+    """Predict pixels normalized by the mean and deviation of their own patch"""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     feature_depth: int = 2
     """Blocks of the feature decoder, which is otherwise like the pixel decoder"""
@@ -100,9 +100,9 @@ class CMAEHuang(Method):
         self.num_seen = checked_num_seen(config, model)
         height, width = model.size
         margin = config.shift + 1 if config.shift else 0  # as 256 is to 224
-        self.views = (
-            View(size=model.size, master=(height + margin, width + margin)),
-            View(
+        self.crops = (
+            Crop(size=model.size, master=(height + margin, width + margin)),
+            Crop(
                 size=model.size,
                 master=(height + margin, width + margin),
                 shift=config.shift,
@@ -133,33 +133,33 @@ class CMAEHuang(Method):
 
     def forward(self, batch: Batch) -> Output:
         c = self.config
-        image_BHWC, target_BHWC = batch.views
-        seen_BK, hidden_BL = self.split(batch.keys_B)
+        image_BHWC, target_BHWC = batch.crops
+        seen_BK, hidden_BL = self.split(batch.seeds_B)
         z_BTD = self.encoder(image_BHWC, seen_BK)
         (pred_BLP,) = self.decoder(z_BTD, (seen_BK,), hidden_BL)
         pixels = pixel_loss(pred_BLP, image_BHWC, hidden_BL, self.model, normalize=c.norm_pix).mean()
 
         (y_BD,) = self.feature_decoder(z_BTD, (seen_BK,), pool=True)
         q_BE = self.predictor(self.projector(y_BD))
-        k_BE = self.target(target_BHWC, batch.keys_B).to(q_BE.dtype)
+        k_BE = self.target(target_BHWC, batch.seeds_B).to(q_BE.dtype)
         contrast, metrics = compare_tokens(
-            q_BE[:, None], Keys(k_BE[:, None]), self.peers, None, distance=c.loss, negatives="batch",
+            q_BE[:, None], Keys(k_BE[:, None]), self.ranks, None, distance=c.loss, negatives="batch",
             temperature=c.temperature, scale=2 * c.temperature if c.loss_scale == "2tau" else 1.0,
         )  # fmt: skip
         metrics |= {"pixels": pixels.detach(), "contrast": contrast.detach()}
         return Output(pixels + c.contrast_weight * contrast, metrics | health(q_BE[:, None], k_BE[:, None]))
 
-    def split(self, keys_B: Tensor) -> tuple[Tensor, Tensor]:
+    def split(self, seeds_B: Tensor) -> tuple[Tensor, Tensor]:
         """Visible and hidden patches of T1, `[B, K]` and `[B, L]`, ascending."""
         N = self.model.num_patches
         if self.config.mask == "uniform":
-            return split_patches(keys_B, N, self.num_seen)
-        return split_patches_grouped(keys_B, self.model.grid, GROUP, (N - self.num_seen) // GROUP**2)
+            return split_patches(seeds_B, N, self.num_seen)
+        return split_patches_grouped(seeds_B, self.model.grid, GROUP, (N - self.num_seen) // GROUP**2)
 
     @torch.no_grad()
-    def target(self, image_BHWC: Tensor, keys_B: Tensor) -> Tensor:
+    def target(self, image_BHWC: Tensor, seeds_B: Tensor) -> Tensor:
         """p' of the mean of all patches, as the last block leaves them. `[B, E]`."""
-        everything_BN = torch.arange(self.model.num_patches, device=keys_B.device).expand(len(keys_B), -1)
+        everything_BN = torch.arange(self.model.num_patches, device=seeds_B.device).expand(len(seeds_B), -1)
         z_BTD = self.target_encoder(
             image_BHWC, everything_BN, class_token=self.config.target_cls, final_norm=False
         )
@@ -168,8 +168,8 @@ class CMAEHuang(Method):
 
     @torch.no_grad()
     def reconstruct(self, batch: Batch) -> Reconstruction:
-        image_BHWC = batch.views[0]
-        seen_BK, _ = self.split(batch.keys_B)
+        image_BHWC = batch.crops[0]
+        seen_BK, _ = self.split(batch.seeds_B)
         (pred_BNP,) = self.decoder(self.encoder(image_BHWC, seen_BK), (seen_BK,))
         return Reconstruction(image_BHWC, seen_BK, pred_BNP, self.config.norm_pix)
 

@@ -2,7 +2,7 @@
 
     s(q, k)   = cos(q, k) / temperature                       norms and all that follows in fp32
     info_nce  = log Sum_j exp s(q_bt, k_j) - s(q_bt, k_bt)    Kong & Zhang, arXiv:2208.04164, Eq. 9-10
-    byol      = 2 - 2 cos(q_bt, k_bt)                         of normalised vectors |q - k|^2
+    byol      = 2 - 2 cos(q_bt, k_bt)                         of normalized vectors |q - k|^2
     chance    = log n for n candidates, if all similarities are equal
     floor     = log(1 + (n - 1) exp(-(n / (n - 1)) / temperature)), keys on a simplex
 
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from fastmim_kernels import info_nce
 from torch import Tensor
 
-from fastmim.methods.base import Peers
+from fastmim.methods.base import AcrossRanks
 from fastmim.models.cutmix import from_partners
 
 Distance = Literal["info_nce", "byol", "negative_cosine"]
@@ -36,7 +36,7 @@ TINY = 1e-7  # what is left of a sum when all of it was absent: finite, and of w
 def compare_tokens(
     q_BTD: Tensor,
     keys: "Keys",
-    peers: Peers,
+    ranks: AcrossRanks,
     weight_BT: Tensor | None,
     *,
     distance: Distance,
@@ -50,7 +50,7 @@ def compare_tokens(
     `scale` are those of info_nce.
     """
     if distance == "info_nce":
-        scored = token_info_nce(q_BTD, keys, peers, negatives=negatives, temperature=temperature)
+        scored = token_info_nce(q_BTD, keys, ranks, negatives=negatives, temperature=temperature)
         chance_BT, floor_BT = info_nce_range(scored.num_BT, temperature)
         rows = [x * scale for x in (scored.loss_BT, chance_BT, floor_BT)]
     else:
@@ -62,7 +62,7 @@ def compare_tokens(
     else:
         total = weight_BT.sum()
         if keys.present_BT is not None:  # then ranks differ in how many tokens they score
-            total = peers.gather_rows(total[None]).sum() / peers.world
+            total = ranks.gather(total[None]).sum() / ranks.world
         loss, chance, floor = ((x * weight_BT).sum() / total.clamp(min=1) for x in rows)
     return loss, {"loss_chance": chance.detach(), "loss_floor": floor.detach()}
 
@@ -113,7 +113,7 @@ def cosine(q_BTD: Tensor, k_BTD: Tensor) -> Tensor:
 
 
 def token_info_nce(
-    q_BTD: Tensor, keys: Keys, peers: Peers, *, negatives: Negatives, temperature: float
+    q_BTD: Tensor, keys: Keys, ranks: AcrossRanks, *, negatives: Negatives, temperature: float
 ) -> Scored:
     """InfoNCE of every query against the keys of this rank's images and the others'. Differentiable in q."""
     B, T, _ = q_BTD.shape
@@ -122,35 +122,35 @@ def token_info_nce(
         loss_TB, _ = info_nce(q_BTD.transpose(0, 1), keys.k_BTD.transpose(0, 1), temperature=temperature)
         loss_BT, num = loss_TB.T, T
     elif negatives == "batch":
-        k_GTD = peers.gather_rows(keys.k_BTD)
-        named = labelled(keys.images_BT(), peers.rank * B)
+        k_GTD = ranks.gather(keys.k_BTD)
+        named = labeled(keys.images_BT(), ranks.rank * B)
         loss_BT, _ = info_nce(q_BTD, k_GTD, temperature=temperature, **named)
         num = len(k_GTD)
     else:
-        k_MD = peers.gather_rows(keys.k_BTD).flatten(0, 1)
+        k_MD = ranks.gather(keys.k_BTD).flatten(0, 1)
         image_BT = keys.images_BT()
         if image_BT is not None:
             image_BT = (image_BT * T + torch.arange(T, device=image_BT.device)).flatten()
-        named = labelled(image_BT, peers.rank * B * T)
+        named = labeled(image_BT, ranks.rank * B * T)
         loss_M, _ = info_nce(q_BTD.flatten(0, 1), k_MD, temperature=temperature, **named)
         loss_BT, num = loss_M.view(B, T), len(k_MD)
     if keys.present_BT is None:
         return Scored(loss_BT, loss_BT.new_full((1, 1), num).expand(B, T))
-    there_BT = candidates(keys.present_BT, peers, negatives)
+    there_BT = candidates(keys.present_BT, ranks, negatives)
     positive_BT = cosine(q_BTD, keys.positive_BTD()) / temperature
     return Scored(without_absent(loss_BT, positive_BT, num - there_BT), there_BT)
 
 
-def labelled(own: Tensor | None, offset: int) -> dict[str, Any]:
+def labeled(own: Tensor | None, offset: int) -> dict[str, Any]:
     """How info_nce is told of the positives: rows of this rank, which begin at `offset`, or each its own."""
     return {"label_offset": offset} if own is None else {"labels": own + offset}
 
 
-def candidates(present_BT: Tensor, peers: Peers, negatives: Negatives) -> Tensor:
+def candidates(present_BT: Tensor, ranks: AcrossRanks, negatives: Negatives) -> Tensor:
     """How many of the candidates of each query have a key. `[B, T]`."""
     if negatives == "image":
         return present_BT.sum(1, keepdim=True).expand_as(present_BT)
-    present_GT = peers.gather_rows(present_BT)
+    present_GT = ranks.gather(present_BT)
     num = present_GT.sum(0, keepdim=True) if negatives == "batch" else present_GT.sum()
     return num.expand_as(present_BT)
 

@@ -4,13 +4,13 @@
     f  encoder on the visible patches and a class token; d decoder with mask tokens elsewhere
     M  mean over hidden patches of || d(z)_i - norm(x_i) ||^2 / P
 
-Under colours or CutMix the encoder sees changed images x' and M compares with the clean x: predicting what
+Under colors or CutMix the encoder sees changed images x' and M compares with the clean x: predicting what
 is seen would keep the change. Where nothing is hidden, the patches that CutMix replaced are scored, and
 without CutMix all.
 
 Source  He et al., arXiv:2111.06377; facebookresearch/mae. In the words of arXiv:2208.04164: Eq. 3; its tables
         4 (`color`) and 5 (`color=visible`, `cutmix`, `mask_ratio` 0), which leave the target unsaid: the rows
-        that gain from CutMix or colours alone could not have gained by predicting what is seen.
+        that gain from CutMix or colors alone could not have gained by predicting what is seen.
 """
 
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from fastmim.methods.base import Method, MethodConfig, Output, Reconstruction
 from fastmim.models.cutmix import cutmix_mask, mix_patches
 from fastmim.models.mae_decoder import Decoder, DecoderConfig
 from fastmim.models.vit import Encoder, ViTConfig
-from fastmim.views import C_MAE, Batch, View
+from fastmim.views import C_MAE, Batch, Crop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +35,9 @@ class MAEConfig(MethodConfig):
     mask_ratio: float = 0.75
     """Fraction of the patches that is hidden; 0 hides none"""
     norm_pix: bool = True
-    """Predict pixels normalised by the mean and deviation of their own patch"""
+    """Predict pixels normalized by the mean and deviation of their own patch"""
     color: Literal["none", "visible", "whole"] = "none"
-    """Colour jitter and greyscale: on what the encoder sees, or on the whole image, its target too"""
+    """Color jitter and grayscale: on what the encoder sees, or on the whole image, its target too"""
     cutmix: bool = False
     """Show the encoder a rectangle of another image in each"""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
@@ -63,14 +63,14 @@ class MAE(Method):
         self.num_seen = model.num_patches
         if config.mask_ratio:
             self.num_seen = num_seen_checked("method.mask-ratio", model.num_patches, config.mask_ratio)
-        clean, jittered = View(size=model.size), View(size=model.size, color=C_MAE)
-        self.views = {"none": (clean,), "visible": (jittered, clean), "whole": (jittered,)}[config.color]
+        clean, jittered = Crop(size=model.size), Crop(size=model.size, color=C_MAE)
+        self.crops = {"none": (clean,), "visible": (jittered, clean), "whole": (jittered,)}[config.color]
         self.encoder = Encoder(model)
         self.decoder = Decoder(config.decoder, model)
 
     def forward(self, batch: Batch) -> Output:
         shown_BHWC, target_BHWC, foreign_BN = self.images(batch)
-        seen_BK, hidden_BL = self.split(batch.keys_B)
+        seen_BK, hidden_BL = self.split(batch.seeds_B)
         weight_BL = None
         if hidden_BL.shape[1] == 0:  # all are visible: seen_BK is 0 to N - 1
             hidden_BL, weight_BL = seen_BK, None if foreign_BN is None else foreign_BN.float()
@@ -80,15 +80,15 @@ class MAE(Method):
 
     def images(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """What the encoder sees; what it shall predict; which patches of the former are foreign, `[B, N]`."""
-        shown_BHWC, target_BHWC = batch.views[0], batch.views[-1]
+        shown_BHWC, target_BHWC = batch.crops[0], batch.crops[-1]
         if not self.config.cutmix:
             return shown_BHWC, target_BHWC, None
-        foreign_BN = cutmix_mask(batch.keys_B, self.model.grid)
+        foreign_BN = cutmix_mask(batch.seeds_B, self.model.grid)
         return mix_patches(shown_BHWC, foreign_BN, self.model.patch), target_BHWC, foreign_BN
 
-    def split(self, keys_B: Tensor) -> tuple[Tensor, Tensor]:
+    def split(self, seeds_B: Tensor) -> tuple[Tensor, Tensor]:
         """Visible and hidden patches of T1, `[B, K]` and `[B, N - K]`, ascending."""
-        return split_patches(keys_B, self.model.num_patches, self.num_seen)
+        return split_patches(seeds_B, self.model.num_patches, self.num_seen)
 
     def pixel_loss(self, pred_BLP: Tensor, image_BHWC: Tensor, index_BL: Tensor) -> Tensor:
         """Mean squared error of each patch against the pixels of the uint8 image. `[B, L]` fp32."""
@@ -97,7 +97,7 @@ class MAE(Method):
     @torch.no_grad()
     def reconstruct(self, batch: Batch) -> Reconstruction:
         shown_BHWC, target_BHWC, _ = self.images(batch)
-        seen_BK, _ = self.split(batch.keys_B)
+        seen_BK, _ = self.split(batch.seeds_B)
         (pred_BNP,) = self.decoder(self.encoder(shown_BHWC, seen_BK), (seen_BK,))
         return Reconstruction(target_BHWC, seen_BK, pred_BNP, self.config.norm_pix)
 

@@ -5,7 +5,7 @@
     M  ||(d(z1) - d'(z2)) * (1 - M)||^2 + lambda ||(d'(z2) - x) * (1 - M)||^2                 (Eq. 5, 8)
 
 Source  Kong & Zhang, arXiv:2208.04164; no official code exists. Theirs: phi' = phi (`tie_decoders`),
-        lambda = 1 (`relax_weight`), patch-normalised x. Taken from MAE where the paper is silent: f drops
+        lambda = 1 (`relax_weight`), patch-normalized x. Taken from MAE where the paper is silent: f drops
         what it may not see, d puts mask tokens in its place, and a squared norm is a mean over the values
         of a patch and over the scored patches.
 Variants  t2   what T2 shows                              scored patches S
@@ -71,7 +71,7 @@ class RMAE(MAE):
 
     def forward(self, batch: Batch) -> Output:
         shown_BHWC, target_BHWC, _ = self.images(batch)
-        seen1_BK, seen2_BK, scored_BL, weight_BL = self.transform(batch.keys_B)
+        seen1_BK, seen2_BK, scored_BL, weight_BL = self.transform(batch.seeds_B)
 
         z_BTD = self.encoder(shown_BHWC, seen1_BK, seen2_BK)
         pred1_BLP, pred2_BLP = self.decode(z_BTD, (seen1_BK, seen2_BK), scored_BL)
@@ -84,17 +84,17 @@ class RMAE(MAE):
         loss = distance + self.config.relax_weight * anchor
         return Output(loss, {"distance": distance.detach(), "anchor": anchor.detach()})
 
-    def transform(self, keys_B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def transform(self, seeds_B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """What T1 and T2 show, the patches T1 hides, and 0/1 weights `[B, L]` if not all of these score."""
         N = self.model.num_patches
-        seen1_BK, hidden1_BL = self.split(keys_B)
+        seen1_BK, hidden1_BL = self.split(seeds_B)
         if self.config.t2 == "complement":
             return seen1_BK, hidden1_BL, hidden1_BL, None
         if self.config.t2 == "full":
-            everything_BN = torch.arange(N, device=keys_B.device).expand(len(keys_B), N)
+            everything_BN = torch.arange(N, device=seeds_B.device).expand(len(seeds_B), N)
             return seen1_BK, everything_BN, hidden1_BL, None
-        seen2_BK, _ = split_patches(keys_B, N, self.num_seen2, stream=SECOND_DRAW)
-        shown2_BN = torch.zeros(len(keys_B), N, device=keys_B.device).scatter_(1, seen2_BK, 1.0)
+        seen2_BK, _ = split_patches(seeds_B, N, self.num_seen2, stream=SECOND_DRAW)
+        shown2_BN = torch.zeros(len(seeds_B), N, device=seeds_B.device).scatter_(1, seen2_BK, 1.0)
         return seen1_BK, seen2_BK, hidden1_BL, shown2_BN.gather(1, hidden1_BL)
 
     def decode(self, z_BTD: Tensor, seen: tuple[Tensor, Tensor], scored_BL: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
     lambda ~ U(0, 1)                           the share that an image keeps, Beta(1, 1)
     h, w   = sqrt(1 - lambda) of the grid's height and width, rounded to patches
-    box    = h by w patches, centred on a patch drawn uniformly, what reaches outside cut off
+    box    = h by w patches, centerd on a patch drawn uniformly, what reaches outside cut off
 
 The partner of image 2i is 2i + 1, and the other way round. The order of an epoch is one permutation, of which
 a micro-batch of even size is a run that starts at an even place: so the partner is the same on any number of
@@ -11,7 +11,7 @@ ranks, like the box, which each image draws for itself.
 Source  Yun et al., arXiv:1905.04899; snapped to patches for arXiv:2208.04164, Table 5, whose own rule is not
         published.
 Shapes  B images, even; N = rows * columns patches in rows.
-Draws   words 0..2 of stream 90: lambda, row and column of the centre.
+Draws   words 0..2 of stream 90: lambda, row and column of the center.
 """
 
 import torch
@@ -21,15 +21,15 @@ from torch import Tensor
 STREAM = 90
 
 
-def cutmix_mask(keys_B: Tensor, grid: tuple[int, int]) -> Tensor:
+def cutmix_mask(seeds_B: Tensor, grid: tuple[int, int]) -> Tensor:
     """Which patches each image takes from its partner, bool `[B, N]`, on the keys' device."""
-    u_B3 = draw_uniform(keys_B, 3, STREAM)
+    u_B3 = draw_uniform(seeds_B, 3, STREAM)
     side_B = u_B3[:, 0].neg().add(1).sqrt()  # lambda = u_0
     inside = []
-    for cells, centre_B in zip(grid, u_B3[:, 1:].unbind(1), strict=True):
+    for cells, center_B in zip(grid, u_B3[:, 1:].unbind(1), strict=True):
         length_B = (side_B * cells).round().long()
-        first_B = (centre_B * cells).long() - length_B // 2
-        cell = torch.arange(cells, device=keys_B.device)
+        first_B = (center_B * cells).long() - length_B // 2
+        cell = torch.arange(cells, device=seeds_B.device)
         inside.append((cell >= first_B[:, None]) & (cell < (first_B + length_B)[:, None]))
     return (inside[0][:, :, None] & inside[1][:, None, :]).flatten(1)
 

@@ -98,7 +98,7 @@ class BatchNorm(nn.Module):
         world = dist.get_world_size() if dist.is_initialized() else 1
         if len(rows_RC) * world < 2:
             raise ValueError("batch norm: want at least two rows to take a variance of, got one")
-        y_RC, mean_C, var_C = NormaliseOverRanks.apply(rows_RC, self.weight, self.bias, self.eps, world)
+        y_RC, mean_C, var_C = NormalizeOverRanks.apply(rows_RC, self.weight, self.bias, self.eps, world)
         with torch.no_grad():
             unbiased = len(rows_RC) * world / (len(rows_RC) * world - 1)
             self.running_mean.lerp_(mean_C, self.momentum)
@@ -106,7 +106,7 @@ class BatchNorm(nn.Module):
         return y_RC.view_as(x)
 
 
-class NormaliseOverRanks(torch.autograd.Function):
+class NormalizeOverRanks(torch.autograd.Function):
     """y, mean and biased variance; only y has a gradient. One collective forward, one backward."""
 
     @staticmethod

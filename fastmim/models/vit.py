@@ -1,6 +1,6 @@
 """The vision transformer: a pre-norm encoder that embeds and sees only the patches it is told to.
 
-Source  Dosovitskiy et al., arXiv:2010.11929; sizes, fixed sine-cosine positions and initialisation as
+Source  Dosovitskiy et al., arXiv:2010.11929; sizes, fixed sine-cosine positions and initialization as
         in MAE, arXiv:2111.06377, and its repository facebookresearch/mae.
 Keys    The state dict of `Encoder` is that of timm's VisionTransformer, and of the encoder half of an
         MAE checkpoint: cls_token, pos_embed, patch_embed.proj, blocks.N, norm. With it, mask_token.
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastmim.models.positions import sincos_2d
 
 NORM_EPS = 1e-6
-PIXEL_STATISTICS = {  # mean, std of ImageNet; of its grey version for one channel
+PIXEL_STATISTICS = {  # mean, std of ImageNet; of its gray version for one channel
     3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     1: ((0.449,), (0.226,)),
 }
@@ -41,7 +41,7 @@ class ViTConfig:
     image_size: int | tuple[int, int] = 224
     """Side of the input in pixels, or height and width"""
     channels: int = 3
-    """Image channels: 3 for RGB, 1 for grey; image files give these two"""
+    """Image channels: 3 for RGB, 1 for gray; image files give these two"""
     mean: tuple[float, ...] | None = None
     """Pixel mean per channel on the scale 0 to 1; by default that of ImageNet"""
     std: tuple[float, ...] | None = None
@@ -187,7 +187,7 @@ class AddNorm(nn.LayerNorm):
 class Block(nn.Module):
     """`x += MHA(LN x); x += MLP(LN x)`, exact GELU, on `[B, T, D]`.
 
-    The sums are made where they are normalised: a block takes the stream and the branch that the block before
+    The sums are made where they are normalized: a block takes the stream and the branch that the block before
     it left to be added, and leaves its own.
     """
 

@@ -18,7 +18,7 @@ from fastmim_kernels.info_nce import info_nce
 from fastmim_kernels.norm_pix_loss import norm_pix_loss
 from fastmim_kernels.norm_pix_loss_image import norm_pix_loss_image
 from fastmim_kernels.patch import apply, revert
-from fastmim_kernels.philox import draw_uint32, draw_uniform, sample_keys
+from fastmim_kernels.philox import draw_uint32, draw_uniform, sample_seeds
 from fastmim_kernels.resized_crop import resized_crop
 from fastmim_kernels.restore_tokens import restore_tokens
 from fastmim_kernels.split_patches import (
@@ -54,7 +54,7 @@ __all__ = [
     "resized_crop",
     "restore_tokens",
     "revert",
-    "sample_keys",
+    "sample_seeds",
     "set_debug",
     "split_mask",
     "split_patches",

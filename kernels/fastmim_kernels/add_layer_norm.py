@@ -1,4 +1,4 @@
-"""The step between two branches of a pre-norm block: add to the residual stream, normalise what it became.
+"""The step between two branches of a pre-norm block: add to the residual stream, normalize what it became.
 
     sum    = residual + keep[b] * scale * x
     normed = (sum - mean) * rstd * weight + bias    mean over D; rstd = 1 / sqrt(var + eps), var divided by D
@@ -85,11 +85,11 @@ def _forward_kernel(
     residual = tl.load(residual_ptr + residual_at, mask=exist, other=0.0).to(tl.float32)
     total = residual + _factor(scale_ptr, keep_ptr, rows, cols, num_rows, T, D) * x
     mean = tl.sum(total, axis=1) / D
-    centred = tl.where(exist, total - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / D + eps)
+    centerd = tl.where(exist, total - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centerd * centerd, axis=1) / D + eps)
     weight = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-    normed = centred * rstd[:, None] * weight[None, :] + bias[None, :]
+    normed = centerd * rstd[:, None] * weight[None, :] + bias[None, :]
     at = rows.to(tl.int64)[:, None] * D + cols[None, :]  # passes 2**31 at 2.8M tokens of width 768
     tl.store(sum_ptr + at, total.to(sum_ptr.dtype.element_ty), mask=exist)
     tl.store(normed_ptr + at, normed.to(normed_ptr.dtype.element_ty), mask=exist)
@@ -358,7 +358,7 @@ def add_layer_norm(
     scale: Tensor | None = None,
     keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`residual + keep * scale * x`, normalised, and as it is. `[B, T, D] x 2 -> normed, sum`; or `[M, D]`.
+    """`residual + keep * scale * x`, normalized, and as it is. `[B, T, D] x 2 -> normed, sum`; or `[M, D]`.
 
     `scale` `[D]` is LayerScale's gamma, `keep` fp32 `[B]` (`[M]`) the factor of each sample, already divided
     by the probability to be kept. Differentiable in all but `keep`; ValueError when `keep` requires a

@@ -231,7 +231,7 @@ def _backward_keys_kernel(
 
 
 def runs(segments: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """First token, length and number of neighbours of equal length: these share a launch."""
+    """First token, length and number of neighbors of equal length: these share a launch."""
     start = 0
     for length, equals in groupby(segments):
         count = len(list(equals))

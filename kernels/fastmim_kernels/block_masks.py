@@ -12,7 +12,7 @@ Source  Bao et al., BEiT, arXiv:2106.08254, algorithm 1, and microsoft/unilm, be
         exact: Chen et al., CAE, arXiv:2202.03026; a target per sample: Zhou et al., iBOT, arXiv:2111.07832.
         The grid is an ablation of MAE (arXiv:2111.06377).
 Shapes  B = samples, N = H * W patches in rows.
-Dtypes  keys int64, masks bool (True: hidden). Counts and areas are integers in fixed point. What is left in
+Dtypes  seeds int64, masks bool (True: hidden). Counts and areas are integers in fixed point. What is left in
         floating point is one sqrt and products in fp64, which IEEE rounds alike everywhere; there is no sum
         that a product could be fused with. The powers of high / low are repeated square roots: no library's
         exp. So a mask is the same, bit for bit, on every device, in every batch, on any number of ranks.
@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmim_kernels.philox import WORD, draw_uint32, philox_4x32
-from fastmim_kernels.split_patches import MAX_N, check_keys, draw_words, smallest, tile
+from fastmim_kernels.split_patches import MAX_N, check_seeds, draw_words, smallest, tile
 
 PATIENCE = 10  # tries in a row that are not taken, after which an inexact mask is left as it is
 MAX_TRIES = 2**14
@@ -73,7 +73,7 @@ def level_factors(low: float, high: float) -> Tensor:
 
 
 def block_mask_reference(
-    keys_B: Tensor,
+    seeds_B: Tensor,
     target_B: Tensor,
     grid: tuple[int, int],
     min_area: int,
@@ -87,12 +87,12 @@ def block_mask_reference(
 
     `target_B` in steps of 2**-8 patches; patience 0 is endless and ends in an exact mask.
     """
-    (H, W), B = grid, len(keys_B)
-    y_H, x_W = (torch.arange(side, device=keys_B.device) for side in grid)
-    hidden_BHW = torch.zeros(B, H, W, dtype=torch.bool, device=keys_B.device)
-    room_B, failed_B = target_B.clone(), torch.zeros_like(keys_B)
-    factors = level_factors(*aspect).to(keys_B.device)
-    words_BT4 = draw_uint32(keys_B, 4 * 64, stream).view(B, 64, 4)
+    (H, W), B = grid, len(seeds_B)
+    y_H, x_W = (torch.arange(side, device=seeds_B.device) for side in grid)
+    hidden_BHW = torch.zeros(B, H, W, dtype=torch.bool, device=seeds_B.device)
+    room_B, failed_B = target_B.clone(), torch.zeros_like(seeds_B)
+    factors = level_factors(*aspect).to(seeds_B.device)
+    words_BT4 = draw_uint32(seeds_B, 4 * 64, stream).view(B, 64, 4)
     for t in range(max_tries):
         active_B = room_B >> STEP_BITS > 0
         if patience:
@@ -100,7 +100,7 @@ def block_mask_reference(
         if not active_B.any():
             break
         if t == words_BT4.shape[1]:
-            words_BT4 = draw_uint32(keys_B, 8 * t, stream).view(B, 2 * t, 4)
+            words_BT4 = draw_uint32(seeds_B, 8 * t, stream).view(B, 2 * t, 4)
         word_B4 = words_BT4[:, t]
         m_B = room_B.clamp(max=max_area << STEP_BITS)
         area_B = (min_area << STEP_BITS + 32) + word_B4[:, 0] * (m_B - (min_area << STEP_BITS))
@@ -122,10 +122,10 @@ def block_mask_reference(
     return hidden_BN
 
 
-def uniform_mask_reference(keys_B: Tensor, num_hidden_B: Tensor, num_patches: int, stream: int) -> Tensor:
+def uniform_mask_reference(seeds_B: Tensor, num_hidden_B: Tensor, num_patches: int, stream: int) -> Tensor:
     """The `num_hidden_B` patches with the largest (word, index). `[B], [B] -> [B, N]`."""
-    n_N = torch.arange(num_patches, device=keys_B.device)
-    rank_BN = draw_uint32(keys_B, num_patches, stream) << 16 | n_N  # no two are equal
+    n_N = torch.arange(num_patches, device=seeds_B.device)
+    rank_BN = draw_uint32(seeds_B, num_patches, stream) << 16 | n_N  # no two are equal
     place_BN = rank_BN.argsort(dim=1).argsort(dim=1)
     return place_BN >= num_patches - num_hidden_B[:, None]
 
@@ -146,12 +146,12 @@ def _side(root, word, FACTORS: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def _block_kernel(
-    keys_ptr, target_ptr, mask_ptr, key_stride, target, min_area, max_area, max_tries, stream,
+    seeds_ptr, target_ptr, mask_ptr, seed_stride, target, min_area, max_area, max_tries, stream,
     H: tl.constexpr, W: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, PATIENCE: tl.constexpr,
     STEP_BITS: tl.constexpr, LEVEL_BITS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
-    key = tl.load(keys_ptr + b * key_stride)
+    key = tl.load(seeds_ptr + b * seed_stride)
     room = tl.full([], target, tl.int32)
     if target_ptr is not None:
         room = tl.load(target_ptr + b).to(tl.int32)
@@ -185,19 +185,19 @@ def _block_kernel(
 
 @triton.jit
 def _uniform_kernel(
-    keys_ptr, num_hidden_ptr, mask_ptr, key_stride, N, stream,
+    seeds_ptr, num_hidden_ptr, mask_ptr, seed_stride, N, stream,
     BLOCK_N: tl.constexpr, INDEX_BITS: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK_N)
     K = N - tl.load(num_hidden_ptr + b).to(tl.int32)
-    word = draw_words(tl.load(keys_ptr + b * key_stride), stream, BLOCK_N)
+    word = draw_words(tl.load(seeds_ptr + b * seed_stride), stream, BLOCK_N)
     seen = smallest(word, n, n < N, K, INDEX_BITS)
     tl.store(mask_ptr + b * N + n, seen == 0, mask=n < N)
 
 
 def launch(
-    keys: Tensor,
+    seeds: Tensor,
     targets: Tensor | None,
     target: int,
     grid: tuple[int, int],
@@ -209,20 +209,20 @@ def launch(
     stream: int,
 ) -> Tensor:
     (H, W), (tall, wide) = grid, side_factors(*aspect)
-    mask = torch.empty(len(keys), H * W, dtype=torch.bool, device=keys.device)
-    _block_kernel[(len(keys),)](
-        keys, None if targets is None else targets.contiguous(), mask, keys.stride(0), target,
+    mask = torch.empty(len(seeds), H * W, dtype=torch.bool, device=seeds.device)
+    _block_kernel[(len(seeds),)](
+        seeds, None if targets is None else targets.contiguous(), mask, seeds.stride(0), target,
         min_area, max_area, max_tries, stream, H=H, W=W, TALL=tall, WIDE=wide, PATIENCE=patience,
         STEP_BITS=STEP_BITS, LEVEL_BITS=LEVEL_BITS, **tile(H * W),
     )  # fmt: skip
     return mask
 
 
-def launch_uniform(keys: Tensor, num_hidden: Tensor, num_patches: int, stream: int) -> Tensor:
-    mask = torch.empty(len(keys), num_patches, dtype=torch.bool, device=keys.device)
+def launch_uniform(seeds: Tensor, num_hidden: Tensor, num_patches: int, stream: int) -> Tensor:
+    mask = torch.empty(len(seeds), num_patches, dtype=torch.bool, device=seeds.device)
     sizes = tile(num_patches)
-    _uniform_kernel[(len(keys),)](
-        keys, num_hidden.contiguous(), mask, keys.stride(0), num_patches, stream,
+    _uniform_kernel[(len(seeds),)](
+        seeds, num_hidden.contiguous(), mask, seeds.stride(0), num_patches, stream,
         INDEX_BITS=sizes["BLOCK_N"].bit_length(), **sizes,
     )  # fmt: skip
     return mask
@@ -233,7 +233,7 @@ def launch_uniform(keys: Tensor, num_hidden: Tensor, num_patches: int, stream: i
 
 @torch.library.custom_op("fastmim::block_mask", mutates_args=(), device_types="cuda")
 def _op(
-    keys: Tensor,
+    seeds: Tensor,
     targets: Tensor | None,
     target: int,
     height: int,
@@ -247,46 +247,46 @@ def _op(
     stream: int,
 ) -> Tensor:
     grid, aspect = (height, width), (low, high)
-    return launch(keys, targets, target, grid, min_area, max_area, aspect, patience, max_tries, stream)
+    return launch(seeds, targets, target, grid, min_area, max_area, aspect, patience, max_tries, stream)
 
 
 @_op.register_kernel("cpu")
-def _(keys, targets, target, height, width, min_area, max_area, low, high, patience, max_tries, stream):
+def _(seeds, targets, target, height, width, min_area, max_area, low, high, patience, max_tries, stream):
     if targets is None:
-        targets = torch.full_like(keys, target)
+        targets = torch.full_like(seeds, target)
     elif ((targets < 0) | (targets > height * width << STEP_BITS)).any():
         raise ValueError(f"want 0 <= num_hidden <= {height * width}, got {targets / 2**STEP_BITS}")
     rest = (height, width), min_area, max_area, (low, high), patience, max_tries, stream
-    return block_mask_reference(keys, targets, *rest)
+    return block_mask_reference(seeds, targets, *rest)
 
 
 @_op.register_fake
-def _(keys, targets, target, height, width, min_area, max_area, low, high, patience, max_tries, stream):
-    return keys.new_empty(keys.shape[0], height * width, dtype=torch.bool)
+def _(seeds, targets, target, height, width, min_area, max_area, low, high, patience, max_tries, stream):
+    return seeds.new_empty(seeds.shape[0], height * width, dtype=torch.bool)
 
 
 @torch.library.custom_op("fastmim::uniform_mask", mutates_args=(), device_types="cuda")
-def _op_uniform(keys: Tensor, num_hidden: Tensor, num_patches: int, stream: int) -> Tensor:
-    return launch_uniform(keys, num_hidden, num_patches, stream)
+def _op_uniform(seeds: Tensor, num_hidden: Tensor, num_patches: int, stream: int) -> Tensor:
+    return launch_uniform(seeds, num_hidden, num_patches, stream)
 
 
 @_op_uniform.register_kernel("cpu")
-def _(keys, num_hidden, num_patches, stream):
+def _(seeds, num_hidden, num_patches, stream):
     if ((num_hidden < 0) | (num_hidden > num_patches)).any():
         raise ValueError(f"want 0 <= num_hidden <= {num_patches}, got {num_hidden}")
-    return uniform_mask_reference(keys, num_hidden, num_patches, stream)
+    return uniform_mask_reference(seeds, num_hidden, num_patches, stream)
 
 
 @_op_uniform.register_fake
-def _(keys, num_hidden, num_patches, stream):
-    return keys.new_empty(keys.shape[0], num_patches, dtype=torch.bool)
+def _(seeds, num_hidden, num_patches, stream):
+    return seeds.new_empty(seeds.shape[0], num_patches, dtype=torch.bool)
 
 
 # --- public functions ------------------------------------------------------------------------------
 
 
 def block_mask(
-    keys_B: Tensor,
+    seeds_B: Tensor,
     grid: tuple[int, int],
     num_hidden: int | Tensor,
     *,
@@ -305,7 +305,7 @@ def block_mask(
     its own: let the encoder see all N positions, mask tokens where it is True, and weight the N losses by
     it, so that every size is fixed all the same.
     """
-    check_keys(keys_B, stream)
+    check_seeds(seeds_B, stream)
     (h, w), (low, high) = grid, aspect
     if min(h, w) < 2 or h * w > MAX_N:
         raise ValueError(f"want a grid of 2 x 2 or more and {MAX_N} patches or fewer, got {h} x {w}")
@@ -320,45 +320,45 @@ def block_mask(
     if not isinstance(num_hidden, Tensor):
         if not 0 <= num_hidden <= h * w:
             raise ValueError(f"want 0 <= num_hidden <= {h * w}, got {num_hidden}")
-        return _op(keys_B, None, num_hidden << STEP_BITS, *rest)
-    check_counts(num_hidden, keys_B, torch.float64)
+        return _op(seeds_B, None, num_hidden << STEP_BITS, *rest)
+    check_counts(num_hidden, seeds_B, torch.float64)
     if exact:
         raise ValueError("an exact mask wants one whole num_hidden for all samples, got a tensor")
-    return _op(keys_B, (num_hidden * 2**STEP_BITS).long(), 0, *rest)
+    return _op(seeds_B, (num_hidden * 2**STEP_BITS).long(), 0, *rest)
 
 
-def check_counts(num_hidden_B: Tensor, keys_B: Tensor, dtype: torch.dtype) -> None:
-    """ValueError unless there is one per key, of `dtype`, where the keys are."""
-    if num_hidden_B.shape != keys_B.shape or num_hidden_B.dtype != dtype:
+def check_counts(num_hidden_B: Tensor, seeds_B: Tensor, dtype: torch.dtype) -> None:
+    """ValueError unless there is one per key, of `dtype`, where the seeds are."""
+    if num_hidden_B.shape != seeds_B.shape or num_hidden_B.dtype != dtype:
         got = f"{num_hidden_B.dtype} {tuple(num_hidden_B.shape)}"
-        raise ValueError(f"want num_hidden {dtype} {tuple(keys_B.shape)}, got {got}")
-    if num_hidden_B.device != keys_B.device:
-        raise ValueError(f"want one device, got {num_hidden_B.device} and {keys_B.device}")
+        raise ValueError(f"want num_hidden {dtype} {tuple(seeds_B.shape)}, got {got}")
+    if num_hidden_B.device != seeds_B.device:
+        raise ValueError(f"want one device, got {num_hidden_B.device} and {seeds_B.device}")
 
 
-def ibot_targets(keys_B: Tensor, num_patches: int, *, stream: int = 0) -> Tensor:
+def ibot_targets(seeds_B: Tensor, num_patches: int, *, stream: int = 0) -> Tensor:
     """How many patches of each crop iBOT hides: none of half of them, U(0.1, 0.5) * N else. `[B]` float64.
 
     In steps of 1/256 patch, by integer arithmetic, from words that no mask draws: one `stream` serves both.
     """
-    check_keys(keys_B, stream)
+    check_seeds(seeds_B, stream)
     # the streams of masks end at 2**31, and this one begins there
-    key = keys_B & WORD, keys_B >> 32 & WORD
+    key = seeds_B & WORD, seeds_B >> 32 & WORD
     coin_B, word_B, _, _ = philox_4x32(key, (0, stream | 1 << 31, 0, 0))
     steps_B = (num_patches << STEP_BITS) * ((1 << 32) + 4 * word_B) // (10 << 32)
     return torch.where(coin_B >> 31 == 0, steps_B, 0).double() / 2**STEP_BITS
 
 
-def uniform_mask(keys_B: Tensor, num_patches: int, num_hidden_B: Tensor, *, stream: int = 0) -> Tensor:
+def uniform_mask(seeds_B: Tensor, num_patches: int, num_hidden_B: Tensor, *, stream: int = 0) -> Tensor:
     """Exactly `num_hidden_B[b]` patches, drawn as by split_patches. `[B], [B] int64 -> [B, N]` bool.
 
     iBOT's `rand` shape with `ibot_targets(...).long()`.
     """
-    check_keys(keys_B, stream)
+    check_seeds(seeds_B, stream)
     if not 0 <= num_patches <= MAX_N:
         raise ValueError(f"want 0 <= num_patches <= {MAX_N}, got {num_patches}")
-    check_counts(num_hidden_B, keys_B, torch.int64)
-    return _op_uniform(keys_B, num_hidden_B, num_patches, stream)
+    check_counts(num_hidden_B, seeds_B, torch.int64)
+    return _op_uniform(seeds_B, num_hidden_B, num_patches, stream)
 
 
 def grid_mask(grid: tuple[int, int], *, device: torch.device | str | None = None) -> Tensor:

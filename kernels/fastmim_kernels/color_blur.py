@@ -9,7 +9,7 @@
 three times along the rows and then three times down the columns, bytes in between; outside of the image is
 its nearest pixel. What the box is made of is computed in fp32, the rest in integers, so all three back ends
 agree to the last bit, with one another and with `ImageFilter.GaussianBlur(sigma)`, which is what SimSiam,
-MoCo v3 and DINO train with. Solarised behind it, 255 - x where x >= 128, as the latter two do.
+MoCo v3 and DINO train with. Solarized behind it, 255 - x where x >= 128, as the latter two do.
 
 Source  Gwosdek et al., "Theoretical foundations of Gaussian convolution by extended box filtering" (SSVM
         2011), with Pillow's rounding, found by experiment. Not the sampled Gaussian of torchvision's tensors.
@@ -47,17 +47,17 @@ def boxes_of(sigmas_B: Tensor) -> Tensor:
     return torch.where(sigmas_B[:, None] > 0, boxes, torch.tensor([-1, 0, 0], device=sigmas_B.device))
 
 
-def color_blur_reference(images_BHWC: Tensor, sigmas_B: Tensor, solarise_B: Tensor) -> Tensor:
+def color_blur_reference(images_BHWC: Tensor, sigmas_B: Tensor, solarize_B: Tensor) -> Tensor:
     """The op in plain PyTorch. uint8 `[B, H, W, C]`, fp32 `[B]`, bool `[B]` -> `[B, H, W, C]`."""
     out = torch.empty_like(images_BHWC, memory_format=torch.contiguous_format)
-    for b, ((r, inner, outer), solarise) in enumerate(
-        zip(boxes_of(sigmas_B).tolist(), solarise_B.tolist(), strict=True)
+    for b, ((r, inner, outer), solarize) in enumerate(
+        zip(boxes_of(sigmas_B).tolist(), solarize_B.tolist(), strict=True)
     ):
         x = images_BHWC[b].long()
         if r >= 0:
             for dim in (1, 1, 1, 0, 0, 0):
                 x = _boxed(x, dim, r, inner, outer)
-        out[b] = torch.where(x >= 128, 255 - x, x) if solarise else x
+        out[b] = torch.where(x >= 128, 255 - x, x) if solarize else x
     return out
 
 
@@ -82,7 +82,7 @@ def _pass_kernel(
     # an image that is left goes to the output in the first pass, and no other pass looks at it
     b = tl.program_id(0).to(tl.int64)
     r, inner = tl.load(table_ptr + b * 4), tl.load(table_ptr + b * 4 + 1).to(tl.uint32)
-    outer, solarise = tl.load(table_ptr + b * 4 + 2).to(tl.uint32), tl.load(table_ptr + b * 4 + 3) != 0
+    outer, solarize = tl.load(table_ptr + b * 4 + 2).to(tl.uint32), tl.load(table_ptr + b * 4 + 3) != 0
     y = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     j = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     x, c = (j // C).to(tl.int64), j % C
@@ -106,21 +106,21 @@ def _pass_kernel(
             near += tl.where(ends, 0, value)
         value = (near * inner + far * outer + HALF) >> BITS
         if LAST:
-            value = tl.where(solarise & (value >= 128), 255 - value, value)
+            value = tl.where(solarize & (value >= 128), 255 - value, value)
         tl.store(to_ptr + to, value.to(tl.uint8), mask=exist)
     elif FIRST:
         at = corner + (y * stride_y)[:, None] + (x * stride_x)[None, :]
         kept = tl.load(at, mask=exist, other=0).to(tl.int32)
-        kept = tl.where(solarise & (kept >= 128), 255 - kept, kept)
+        kept = tl.where(solarize & (kept >= 128), 255 - kept, kept)
         tl.store(out_ptr + to, kept.to(tl.uint8), mask=exist)
 
 
-def launch(images: Tensor, sigmas: Tensor, solarise: Tensor) -> Tensor:
+def launch(images: Tensor, sigmas: Tensor, solarize: Tensor) -> Tensor:
     B, H, W, C = images.shape
     out = torch.empty(B, H, W, C, dtype=torch.uint8, device=images.device)
     if out.numel() == 0:
         return out
-    table = torch.cat([boxes_of(sigmas), solarise[:, None].long()], 1).int()
+    table = torch.cat([boxes_of(sigmas), solarize[:, None].long()], 1).int()
     if images.is_cuda:
         table = table.pin_memory().to(images.device, non_blocking=True)
     middle = torch.empty_like(out)
@@ -141,27 +141,27 @@ def launch(images: Tensor, sigmas: Tensor, solarise: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("fastmim::color_blur", mutates_args=(), device_types="cuda")
-def _op(images: Tensor, sigmas: Tensor, solarise: Tensor) -> Tensor:
-    return launch(images, sigmas, solarise)
+def _op(images: Tensor, sigmas: Tensor, solarize: Tensor) -> Tensor:
+    return launch(images, sigmas, solarize)
 
 
 @_op.register_kernel("cpu")
-def _(images, sigmas, solarise):
+def _(images, sigmas, solarize):
     if native.ready():
-        return torch.ops.fastmim.native_color_blur(images, boxes_of(sigmas), solarise)
-    return color_blur_reference(images, sigmas, solarise)
+        return torch.ops.fastmim.native_color_blur(images, boxes_of(sigmas), solarize)
+    return color_blur_reference(images, sigmas, solarize)
 
 
 @_op.register_fake
-def _(images, sigmas, solarise):
+def _(images, sigmas, solarize):
     return images.new_empty(images.shape)
 
 
 # --- public function -------------------------------------------------------------------------------
 
 
-def color_blur(images_BHWC: Tensor, sigmas_B: Tensor, *, solarise_B: Tensor | None = None) -> Tensor:
-    """Each image blurred by its own sigma in pixels, 0 for none, then solarised. uint8 `[B, H, W, C]`.
+def color_blur(images_BHWC: Tensor, sigmas_B: Tensor, *, solarize_B: Tensor | None = None) -> Tensor:
+    """Each image blurred by its own sigma in pixels, 0 for none, then solarized. uint8 `[B, H, W, C]`.
 
     Sigmas fp32 and flags bool, `[B]`, on the CPU. ValueError when a sigma is below 0 or above 100, or when
     shapes, dtypes or devices do not fit.
@@ -172,13 +172,13 @@ def color_blur(images_BHWC: Tensor, sigmas_B: Tensor, *, solarise_B: Tensor | No
             f"want images uint8 [B, H, W, C] of 1 to {MAX_CHANNELS} channels, "
             f"got {images_BHWC.dtype} {tuple(shape)}"
         )
-    solarise_B = (
-        torch.zeros(len(images_BHWC), dtype=torch.bool, device="cpu") if solarise_B is None else solarise_B
+    solarize_B = (
+        torch.zeros(len(images_BHWC), dtype=torch.bool, device="cpu") if solarize_B is None else solarize_B
     )
-    for name, x, dtype in (("sigmas", sigmas_B, torch.float32), ("solarise", solarise_B, torch.bool)):
+    for name, x, dtype in (("sigmas", sigmas_B, torch.float32), ("solarize", solarize_B, torch.bool)):
         if x.shape != shape[:1] or x.dtype != dtype or x.device.type != "cpu":
             got = f"{x.dtype} {tuple(x.shape)} on {x.device}"
             raise ValueError(f"want {name} {dtype} {tuple(shape[:1])} on the CPU, got {got}")
     if not bool(((sigmas_B >= 0) & (sigmas_B <= MAX_SIGMA)).all()):
         raise ValueError(f"want sigmas from 0 to {MAX_SIGMA:.0f}, got {sigmas_B.tolist()}")
-    return _op(images_BHWC, sigmas_B, solarise_B)
+    return _op(images_BHWC, sigmas_B, solarize_B)

@@ -1,11 +1,11 @@
-"""Brightness, contrast, saturation and hue of uint8 images in an order of each image, grey, solarised.
+"""Brightness, contrast, saturation and hue of uint8 images in an order of each image, gray, solarized.
 
     brightness f   x = 0    + f (x - 0)        in fp32, product and sum rounded each, held within 0 and 255,
-    contrast f     x = mean + f (x - mean)     then cut to an integer; mean is that of the grey level over
-    saturation f   x = grey + f (x - grey)     the whole image as it is then, rounded half up
-    grey           (19595 R + 38470 G + 7471 B + 2**15) >> 16
+    contrast f     x = mean + f (x - mean)     then cut to an integer; mean is that of the gray level over
+    saturation f   x = gray + f (x - gray)     the whole image as it is then, rounded half up
+    gray           (19595 R + 38470 G + 7471 B + 2**15) >> 16
     hue f          the hue byte of HSV plus int(255 f), modulo 256
-    solarised      255 - x where x >= 128
+    solarized      255 - x where x >= 128
 
 HSV is bytes too, as Pillow makes them, v the largest channel and c what lies between it and the smallest:
 
@@ -18,7 +18,7 @@ HSV is bytes too, as Pillow makes them, v the largest channel and c what lies be
 All three back ends agree to the last bit, with one another and with Pillow's.
 
 Source  torchvision's ColorJitter, RandomGrayscale and RandomSolarize on PIL images, found anew by experiment.
-Shapes  images `[B, H, W, C]`; C is 3, or 1, where grey is the level itself, so that saturation, hue and grey
+Shapes  images `[B, H, W, C]`; C is 3, or 1, where gray is the level itself, so that saturation, hue and gray
         do nothing, as with torchvision.
 Dtypes  uint8 in and out; blends in fp32, all else in integers; the mean's sum in int64.
 Bytes   B * H * W * C read twice, for the mean of contrast, and written once; the second reading is of the L2.
@@ -34,41 +34,41 @@ from torch import Tensor
 from fastmim_kernels import native
 
 NOTHING, BRIGHTNESS, CONTRAST, SATURATION, HUE = (tl.constexpr(stage) for stage in range(-1, 4))
-GREY_WEIGHTS = 19595, 38470, 7471
+GRAY_WEIGHTS = 19595, 38470, 7471
 MAX_PIXELS = 1 << 26  # of one image
 
 # --- reference: the definition, and the oracle of the tests -------------------------------------
 
 
 def color_jitter_reference(
-    images_BHWC: Tensor, order_B4: Tensor, factors_B4: Tensor, grey_B: Tensor, solarise_B: Tensor
+    images_BHWC: Tensor, order_B4: Tensor, factors_B4: Tensor, gray_B: Tensor, solarize_B: Tensor
 ) -> Tensor:
     """The op in plain PyTorch, hue in the floats that Pillow takes. `[B, H, W, C]` -> the same."""
     out = torch.empty_like(images_BHWC, memory_format=torch.contiguous_format)
-    drawn = zip(order_B4.tolist(), factors_B4, grey_B.tolist(), solarise_B.tolist(), strict=True)
-    for b, (order, factors, grey, solarise) in enumerate(drawn):
+    drawn = zip(order_B4.tolist(), factors_B4, gray_B.tolist(), solarize_B.tolist(), strict=True)
+    for b, (order, factors, gray, solarize) in enumerate(drawn):
         x = images_BHWC[b].int()
         for stage in order:
             if stage == HUE.value:
                 x = _shifted(x, int(factors[stage].double() * 255)) if x.shape[2] == 3 else x
             elif stage != NOTHING.value:
-                base = (torch.zeros_like, _mean, _grey)[stage](x)
+                base = (torch.zeros_like, _mean, _gray)[stage](x)
                 x = (base + factors[stage].to(x.device) * (x - base)).clamp(0, 255).int()
-        x = _grey(x).expand_as(x) if grey else x
-        out[b] = torch.where(x >= 128, 255 - x, x) if solarise else x
+        x = _gray(x).expand_as(x) if gray else x
+        out[b] = torch.where(x >= 128, 255 - x, x) if solarize else x
     return out
 
 
-def _grey(x: Tensor) -> Tensor:
+def _gray(x: Tensor) -> Tensor:
     if x.shape[2] == 1:
         return x
-    red, green, blue = (weight * x[..., c : c + 1] for c, weight in enumerate(GREY_WEIGHTS))
+    red, green, blue = (weight * x[..., c : c + 1] for c, weight in enumerate(GRAY_WEIGHTS))
     return (red + green + blue + (1 << 15)) >> 16
 
 
 def _mean(x: Tensor) -> Tensor:
     count = x[..., 0].numel()
-    return ((2 * _grey(x).sum() + count) // max(2 * count, 1)).int()
+    return ((2 * _gray(x).sum() + count) // max(2 * count, 1)).int()
 
 
 def _shifted(x: Tensor, shift: int) -> Tensor:
@@ -179,7 +179,7 @@ def _levels_kernel(
     images_ptr, table_ptr, sums_ptr, count, width, stride_b, stride_y, stride_x, stride_c, tiles,
     C: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # sum of the grey levels of one tile of pixels, as they are when the contrast's turn comes
+    # sum of the gray levels of one tile of pixels, as they are when the contrast's turn comes
     b, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = table_ptr + b * COLS
     if tl.load(row + 10).to(tl.int32) != 0:
@@ -209,12 +209,12 @@ def _jitter_kernel(
     if tl.load(row + 8).to(tl.int32) != 0:
         red = _level(red, green, blue, C)
         green, blue = red, red
-    solarise = tl.load(row + 9).to(tl.int32) != 0
+    solarize = tl.load(row + 9).to(tl.int32) != 0
     at = out_ptr + (b * count + pixel) * C
-    tl.store(at, tl.where(solarise & (red >= 128), 255 - red, red).to(tl.uint8), mask=pixel < count)
+    tl.store(at, tl.where(solarize & (red >= 128), 255 - red, red).to(tl.uint8), mask=pixel < count)
     if C == 3:
-        green = tl.where(solarise & (green >= 128), 255 - green, green)
-        blue = tl.where(solarise & (blue >= 128), 255 - blue, blue)
+        green = tl.where(solarize & (green >= 128), 255 - green, green)
+        blue = tl.where(solarize & (blue >= 128), 255 - blue, blue)
         tl.store(at + 1, green.to(tl.uint8), mask=pixel < count)
         tl.store(at + 2, blue.to(tl.uint8), mask=pixel < count)
 
@@ -222,12 +222,12 @@ def _jitter_kernel(
 COLUMNS = 11  # stage of each place, factor of each stage (of hue: what its byte is shifted by), three flags
 
 
-def launch(images: Tensor, order: Tensor, factors: Tensor, grey: Tensor, solarise: Tensor) -> Tensor:
+def launch(images: Tensor, order: Tensor, factors: Tensor, gray: Tensor, solarize: Tensor) -> Tensor:
     B, H, W, C = images.shape
     out = torch.empty(B, H, W, C, dtype=torch.uint8, device=images.device)
     if out.numel() == 0:
         return out
-    flags = torch.stack([grey, solarise, (order == CONTRAST.value).any(1)], 1)
+    flags = torch.stack([gray, solarize, (order == CONTRAST.value).any(1)], 1)
     shift = (factors[:, 3:].double() * 255).trunc().float()
     table = torch.cat([order.float(), factors[:, :3], shift, flags.float()], 1)  # small integers are exact
     if images.is_cuda:
@@ -247,19 +247,19 @@ def launch(images: Tensor, order: Tensor, factors: Tensor, grey: Tensor, solaris
 
 
 @torch.library.custom_op("fastmim::color_jitter", mutates_args=(), device_types="cuda")
-def _op(images: Tensor, order: Tensor, factors: Tensor, grey: Tensor, solarise: Tensor) -> Tensor:
-    return launch(images, order, factors, grey, solarise)
+def _op(images: Tensor, order: Tensor, factors: Tensor, gray: Tensor, solarize: Tensor) -> Tensor:
+    return launch(images, order, factors, gray, solarize)
 
 
 @_op.register_kernel("cpu")
-def _(images, order, factors, grey, solarise):
+def _(images, order, factors, gray, solarize):
     if native.ready():
-        return torch.ops.fastmim.native_color_jitter(images, order, factors, grey, solarise)
-    return color_jitter_reference(images, order, factors, grey, solarise)
+        return torch.ops.fastmim.native_color_jitter(images, order, factors, gray, solarize)
+    return color_jitter_reference(images, order, factors, gray, solarize)
 
 
 @_op.register_fake
-def _(images, order, factors, grey, solarise):
+def _(images, order, factors, gray, solarize):
     return images.new_empty(images.shape)
 
 
@@ -271,10 +271,10 @@ def color_jitter(
     order_B4: Tensor,
     factors_B4: Tensor,
     *,
-    grey_B: Tensor | None = None,
-    solarise_B: Tensor | None = None,
+    gray_B: Tensor | None = None,
+    solarize_B: Tensor | None = None,
 ) -> Tensor:
-    """Each image jittered in its own order, then made grey, then solarised. uint8 `[B, H, W, C]` -> the same.
+    """Each image jittered in its own order, then made gray, then solarized. uint8 `[B, H, W, C]` -> the same.
 
     Order int64: which stage comes at each place, 0 brightness, 1 contrast, 2 saturation, 3 hue, -1 none.
     Factors fp32 of brightness, contrast, saturation (at least 0) and hue (-0.5 to 0.5). Flags bool; all of
@@ -287,13 +287,13 @@ def color_jitter(
     B, H, W, _ = images_BHWC.shape
     if H * W > MAX_PIXELS:
         raise ValueError(f"want at most {MAX_PIXELS} pixels an image, got {H} x {W}")
-    grey_B = torch.zeros(B, dtype=torch.bool, device="cpu") if grey_B is None else grey_B
-    solarise_B = torch.zeros(B, dtype=torch.bool, device="cpu") if solarise_B is None else solarise_B
+    gray_B = torch.zeros(B, dtype=torch.bool, device="cpu") if gray_B is None else gray_B
+    solarize_B = torch.zeros(B, dtype=torch.bool, device="cpu") if solarize_B is None else solarize_B
     for name, x, shape, dtype in (
         ("order", order_B4, (B, 4), torch.int64),
         ("factors", factors_B4, (B, 4), torch.float32),
-        ("grey", grey_B, (B,), torch.bool),
-        ("solarise", solarise_B, (B,), torch.bool),
+        ("gray", gray_B, (B,), torch.bool),
+        ("solarize", solarize_B, (B,), torch.bool),
     ):
         if x.shape != shape or x.dtype != dtype or x.device.type != "cpu":
             got = f"{x.dtype} {tuple(x.shape)} on {x.device}"
@@ -305,4 +305,4 @@ def color_jitter(
     blends, hues = factors_B4[:, :3], factors_B4[:, 3]
     if not bool(((blends >= 0) & blends.isfinite()).all() & (hues.abs() <= 0.5).all()):
         raise ValueError(f"want factors of at least 0 and hues from -0.5 to 0.5, got {factors_B4.tolist()}")
-    return _op(images_BHWC, order_B4, factors_B4, grey_B, solarise_B)
+    return _op(images_BHWC, order_B4, factors_B4, gray_B, solarize_B)

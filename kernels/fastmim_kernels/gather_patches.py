@@ -1,4 +1,4 @@
-"""Rows of chosen patches, normalised and cast, straight from the image: no float image, no unfold.
+"""Rows of chosen patches, normalized and cast, straight from the image: no float image, no unfold.
 
     x[b, k, (i, j, c)] = (v / 255 - mean[c]) / std[c]    v = image[b, y * p + i, x * p + j, c]
     y, x = divmod(index[b, k], W / p)                    patches are numbered row by row
@@ -90,7 +90,7 @@ def load_patches(
     image_ptr, index_ptr, rows, num_rows, cols, K, grid_w, stride_b, stride_h, stride_w, stride_c,
     C: tl.constexpr, PATCH: tl.constexpr, DENSE: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """Normalised pixels of the tile, [rows, cols] fp32, and which exist."""
+    """Normalized pixels of the tile, [rows, cols] fp32, and which exist."""
     offsets, exist = patch_offsets(
         index_ptr, rows, num_rows, cols, K, grid_w, stride_b, stride_h, stride_w, stride_c, C, PATCH, DENSE
     )
@@ -288,7 +288,7 @@ def gather_patches(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Normalised rows of the chosen patches. `[B, H, W, C], [B, K] -> [B, K, P]` in `dtype`.
+    """Normalized rows of the chosen patches. `[B, H, W, C], [B, K] -> [B, K, P]` in `dtype`.
 
     Any strides: a channels-first batch comes as `permute(0, 2, 3, 1)`. Differentiable in a floating
     image; an index may repeat. ValueError when sizes, dtypes or statistics do not fit.

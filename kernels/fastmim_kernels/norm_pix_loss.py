@@ -1,4 +1,4 @@
-"""Per-patch loss on normalised or plain targets in one pass: two rows read, one float per patch written.
+"""Per-patch loss on normalized or plain targets in one pass: two rows read, one float per patch written.
 
     t_hat = (t - mean(t)) / sqrt(var(t) + eps)      over D; var is unbiased, divided by D - 1
           = t                                       with normalize=False
@@ -78,13 +78,13 @@ def slope_reference(r: Tensor, distance: int, beta: float) -> Tensor:
 def residual(p, t, exist, eps, D: tl.constexpr, NORMALIZE: tl.constexpr):
     """`p - t_hat` of [rows, cols] fp32, zero where no value exists. norm_pix_loss_image shares it."""
     if NORMALIZE:
-        centred = tl.where(exist, t - tl.sum(t, axis=1)[:, None] / D, 0.0)
+        centerd = tl.where(exist, t - tl.sum(t, axis=1)[:, None] / D, 0.0)
         # The rounding of the mean is found in what it left and taken back: in a flat patch it would be all
         # that remains, and 1 / sqrt(eps) would raise it a thousandfold.
-        rest = tl.sum(centred, axis=1) / D
-        var = (tl.sum(centred * centred, axis=1) - D * rest * rest) / (D - 1)
-        centred = tl.where(exist, centred - rest[:, None], 0.0)
-        return p - centred / tl.sqrt(var + eps)[:, None]
+        rest = tl.sum(centerd, axis=1) / D
+        var = (tl.sum(centerd * centerd, axis=1) - D * rest * rest) / (D - 1)
+        centerd = tl.where(exist, centerd - rest[:, None], 0.0)
+        return p - centerd / tl.sqrt(var + eps)[:, None]
     else:
         return p - t
 
@@ -294,10 +294,10 @@ def norm_pix_loss(
     distance: Distance = "l2",
     beta: float = 1.0,
 ) -> Tensor:
-    """Per-patch loss on normalised or plain targets. `[M, D] x [M, D] -> [M]` fp32.
+    """Per-patch loss on normalized or plain targets. `[M, D] x [M, D] -> [M]` fp32.
 
     `distance` is "l2" (MAE), "l1" (SimMIM) or "smooth_l1", quadratic within `beta` (data2vec). Differentiable
-    in `pred_MD`, and in `target_MD` when `normalize` is off; ValueError when a target to be normalised
+    in `pred_MD`, and in `target_MD` when `normalize` is off; ValueError when a target to be normalized
     requires a gradient. Average it over M for the training loss.
     """
     number = distance_number(distance, beta)
@@ -312,5 +312,5 @@ def norm_pix_loss(
     if pred_MD.stride(1) != 1 or target_MD.stride(1) != 1:
         raise ValueError("the last dim must be contiguous")
     if normalize and target_MD.requires_grad and torch.is_grad_enabled():
-        raise ValueError("a normalised target gets no gradient: detach it, or pass normalize=False")
+        raise ValueError("a normalized target gets no gradient: detach it, or pass normalize=False")
     return _op(pred_MD, target_MD, normalize, eps, number, beta)

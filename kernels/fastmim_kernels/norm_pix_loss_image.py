@@ -1,6 +1,6 @@
 """norm_pix_loss with the target read from the image itself: no target row is ever written.
 
-    t     = row of patch index[b, l] of image b, normalised per channel      (gather_patches.py)
+    t     = row of patch index[b, l] of image b, normalized per channel      (gather_patches.py)
     loss  = norm_pix_loss(pred[b, l], t)                                     (norm_pix_loss.py)
 
 Shapes  B = images, L = scored patches per image, P = patch * patch * C values per patch.

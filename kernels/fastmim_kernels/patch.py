@@ -4,9 +4,9 @@
     print(report)                           # what was replaced, what was left, and why
     fastmim_kernels.revert(model)           # every class as it was
 
-Families  patch_timm.py, patch_transformers.py, patch_mae.py: what is recognised, and what each op replaces.
+Families  patch_timm.py, patch_transformers.py, patch_mae.py: what is recognized, and what each op replaces.
           patch_parts.py: the MLP and the norm they share, and which dtypes come out. patch_swap.py: how.
-Limits    apply last: after LoRA, quantisation and the like, before FSDP, DeepSpeed and torch.compile. A
+Limits    apply last: after LoRA, quantization and the like, before FSDP, DeepSpeed and torch.compile. A
           checkpoint of the state dict knows nothing of it; a pickled model needs fastmim_kernels to load.
 """
 

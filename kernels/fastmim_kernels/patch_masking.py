@@ -3,7 +3,7 @@
     mask      1 for the N - K patches of largest noise, restore: where each patch went in the order of noise
     visible   tokens + positions of the K patches of least noise, class token in front        gather_tokens
     restored  visible tokens in their places, mask tokens elsewhere, plus positions           restore_tokens
-    loss      mean over hidden patches of the squared distance to the (normalised) pixels  norm_pix_loss_image
+    loss      mean over hidden patches of the squared distance to the (normalized) pixels  norm_pix_loss_image
 
 Source  He et al., arXiv:2111.06377; the order of draws and the eps of both models, so that one seed gives one
         mask. Dtypes as theirs: the tokens come in the widest dtype of what is added or joined.

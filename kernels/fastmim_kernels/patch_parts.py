@@ -222,7 +222,7 @@ def find_block(
     elif norm.weight is None or norm.bias is None:
         obstacle = "its second norm has no weight or no bias"
     elif len(norm.normalized_shape) != 1 or norm.normalized_shape[0] > MAX_D:
-        obstacle = f"want one dim of at most {MAX_D} normalised, got {norm.normalized_shape}"
+        obstacle = f"want one dim of at most {MAX_D} normalized, got {norm.normalized_shape}"
     elif not reads_linearly(mlp):
         obstacle = f"its {type(mlp).__name__} may read more of the normed tokens than a linear layer does"
     elif (strange := factor_obstacle(scale, drop_path)) is not None:

@@ -109,7 +109,7 @@ def find_attention(name: str, module: Any) -> Finding:
     other = {n for n, _ in module.named_parameters() if n.partition(".")[0] not in ("qkv", "proj")}
     children = {child for child, _ in module.named_children()}
     if any(extra is not None and not isinstance(extra, nn.Identity) for extra in extras):
-        obstacle: str | None = "it normalises or gates queries, keys or values"
+        obstacle: str | None = "it normalizes or gates queries, keys or values"
     elif other:
         obstacle = f"it has weights beside qkv and proj: {listed(other)}"
     elif drop is not None and not isinstance(drop, nn.Dropout | nn.Identity):

@@ -1,14 +1,14 @@
 """Counter-based random numbers: every draw is a function of (seed, epoch, sample id), of nothing else.
 
-    key of a sample   = words 0, 1 of philox(key=seed, counter=(id low, id high, epoch, 1))
-    word n of a key   = lane n % 4 of philox(key=key, counter=(n // 4, stream, 0, 0))
+    seed of a sample  = words 0, 1 of philox(key=seed, counter=(id low, id high, epoch, 1))
+    word n of a seed  = lane n % 4 of philox(key=seed, counter=(n // 4, stream, 0, 0))
 
 No state: the numbers do not depend on the device, the batch, the rank or the order of the draws.
-`stream` tells apart the uses of one key (mask, crop, colour, second view ...).
+`stream` tells apart the uses of one seed (mask, crop, color, second view ...).
 
 Source  Philox4x32-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 Shapes  B = samples, count = words per sample.
-Dtypes  a uint32 word travels in an int64 tensor; a key is both words in one int64: low | high << 32.
+Dtypes  a uint32 word travels in an int64 tensor; a seed is both words in one int64: low | high << 32.
 Limits  plain PyTorch on every device. Kernels use `tl.philox`, which gives the same words.
 """
 
@@ -39,8 +39,8 @@ def _split(x: Words) -> tuple[Words, Words]:
     return x & WORD, x >> 32 & WORD
 
 
-def sample_keys(seed: int, epoch: int, ids_B: Tensor) -> Tensor:
-    """One key per sample id, `[B]` -> `[B]` int64: a pseudo-random function of (seed, epoch, id).
+def sample_seeds(seed: int, epoch: int, ids_B: Tensor) -> Tensor:
+    """One seed per sample id, `[B]` -> `[B]` int64: a pseudo-random function of (seed, epoch, id).
 
     `0 <= seed < 2**64`, `0 <= epoch < 2**32`; ids are any int64. ValueError otherwise.
     """
@@ -50,27 +50,27 @@ def sample_keys(seed: int, epoch: int, ids_B: Tensor) -> Tensor:
         raise ValueError(f"want 0 <= seed < 2**64, got {seed}")
     if not 0 <= epoch < 2**32:
         raise ValueError(f"want 0 <= epoch < 2**32, got {epoch}")
-    # the last counter word is 1 here and 0 in the draws: a seed never meets a key
+    # the last counter word is 1 here and 0 in the draws: the seed of a run never meets that of a sample
     low, high, _, _ = philox_4x32(_split(seed), (*_split(ids_B), epoch, 1))
     return low | high << 32
 
 
-def draw_uint32(keys_B: Tensor, count: int, stream: int) -> Tensor:
-    """Words 0 .. count - 1 of each key in `stream`, `[B]` -> `[B, count]` int64 in [0, 2**32).
+def draw_uint32(seeds_B: Tensor, count: int, stream: int) -> Tensor:
+    """Words 0 .. count - 1 of each seed in `stream`, `[B]` -> `[B, count]` int64 in [0, 2**32).
 
     `0 <= stream < 2**31` (the kernels pass it as int32); ValueError otherwise.
     """
-    if keys_B.ndim != 1 or keys_B.dtype != torch.int64:
-        raise ValueError(f"want keys int64 [B], got {keys_B.dtype} {tuple(keys_B.shape)}")
+    if seeds_B.ndim != 1 or seeds_B.dtype != torch.int64:
+        raise ValueError(f"want seeds int64 [B], got {seeds_B.dtype} {tuple(seeds_B.shape)}")
     if count < 0:
         raise ValueError(f"want count >= 0, got {count}")
     if not 0 <= stream < 2**31:
         raise ValueError(f"want 0 <= stream < 2**31, got {stream}")
-    block = torch.arange((count + 3) // 4, device=keys_B.device)
-    lanes = philox_4x32(_split(keys_B[:, None]), (block, stream, 0, 0))
+    block = torch.arange((count + 3) // 4, device=seeds_B.device)
+    lanes = philox_4x32(_split(seeds_B[:, None]), (block, stream, 0, 0))
     return torch.stack(lanes, dim=2).flatten(1)[:, :count]
 
 
-def draw_uniform(keys_B: Tensor, count: int, stream: int) -> Tensor:
+def draw_uniform(seeds_B: Tensor, count: int, stream: int) -> Tensor:
     """`draw_uint32` as float64 in [0, 1), in steps of 2**-32. `[B]` -> `[B, count]`."""
-    return draw_uint32(keys_B, count, stream).double() * 2.0**-32
+    return draw_uint32(seeds_B, count, stream).double() * 2.0**-32

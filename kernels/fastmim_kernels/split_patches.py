@@ -13,7 +13,7 @@ Source  the law of MAE's masks (He et al., arXiv:2111.06377: K patches drawn uni
         arXiv:2207.13532); here each mask is a function of the sample's key and the stream alone, so it is
         the same on every device, in every batch and on any number of ranks.
 Shapes  B = samples, N = patches, K = seen, L = N - K hidden.
-Dtypes  keys and indices int64, a mask bool: True is hidden.
+Dtypes  seeds and indices int64, a mask bool: True is hidden.
 Bytes   8 * B read (of a mask B * N), 8 * B * N written; the words never leave the chip.
 Limits  0 <= N <= 4096. CUDA runs Triton, CPU runs the reference. Not differentiable. Whether a mask hides
         as many patches as was said is checked on the CPU only.
@@ -35,23 +35,23 @@ MAX_N = 4096  # one program holds all words of a sample
 
 
 def split_patches_reference(
-    keys_B: Tensor, num_patches: int, num_seen: int, stream: int
+    seeds_B: Tensor, num_patches: int, num_seen: int, stream: int
 ) -> tuple[Tensor, Tensor]:
     """The op in plain PyTorch, on any device. `[B] -> [B, K], [B, N - K]`."""
-    words_BN = draw_uint32(keys_B, num_patches, stream)
-    rank_BN = words_BN << 16 | torch.arange(num_patches, device=keys_B.device)  # no two are equal
+    words_BN = draw_uint32(seeds_B, num_patches, stream)
+    rank_BN = words_BN << 16 | torch.arange(num_patches, device=seeds_B.device)  # no two are equal
     order_BN = rank_BN.argsort(dim=1)
     return order_BN[:, :num_seen].sort(dim=1).values, order_BN[:, num_seen:].sort(dim=1).values
 
 
 def split_patches_grouped_reference(
-    keys_B: Tensor, grid: tuple[int, int], unit: int, num_seen_cells: int, stream: int
+    seeds_B: Tensor, grid: tuple[int, int], unit: int, num_seen_cells: int, stream: int
 ) -> tuple[Tensor, Tensor]:
     """The same on cells of `unit` x `unit` patches. `[B] -> [B, K], [B, N - K]`."""
     h, w = grid
-    patch_hw = torch.arange(h * w, device=keys_B.device).view(h // unit, unit, w // unit, unit)
+    patch_hw = torch.arange(h * w, device=seeds_B.device).view(h // unit, unit, w // unit, unit)
     patches_of_cell = patch_hw.transpose(1, 2).reshape(-1, unit * unit)
-    cells = split_patches_reference(keys_B, len(patches_of_cell), num_seen_cells, stream)
+    cells = split_patches_reference(seeds_B, len(patches_of_cell), num_seen_cells, stream)
     seen, hidden = (patches_of_cell[cell_BC].flatten(1).sort(dim=1).values for cell_BC in cells)
     return seen, hidden
 
@@ -108,12 +108,12 @@ def _store_split(seen_ptr, hidden_ptr, row, n, seen, exist, N, K):
 
 @triton.jit
 def _kernel(
-    keys_ptr, seen_ptr, hidden_ptr, key_stride, N, K, stream,
+    seeds_ptr, seen_ptr, hidden_ptr, seed_stride, N, K, stream,
     WIDTH: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, INDEX_BITS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK_N)
-    key = tl.load(keys_ptr + row * key_stride)
+    key = tl.load(seeds_ptr + row * seed_stride)
     if UNIT == 1:
         cell, word = n, draw_words(key, stream, BLOCK_N)
     else:  # all patches of a cell have its rank: K of them are UNIT * UNIT times as many cells
@@ -136,19 +136,19 @@ def tile(num_patches: int) -> dict[str, int]:
     return {"BLOCK_N": block, "num_warps": max(1, block // 256)}
 
 
-def _outputs(keys: Tensor, num_patches: int, num_seen: int) -> tuple[Tensor, Tensor]:
-    shapes = (len(keys), num_seen), (len(keys), num_patches - num_seen)
-    seen, hidden = (torch.empty(shape, dtype=torch.int64, device=keys.device) for shape in shapes)
+def _outputs(seeds: Tensor, num_patches: int, num_seen: int) -> tuple[Tensor, Tensor]:
+    shapes = (len(seeds), num_seen), (len(seeds), num_patches - num_seen)
+    seen, hidden = (torch.empty(shape, dtype=torch.int64, device=seeds.device) for shape in shapes)
     return seen, hidden
 
 
 def launch(
-    keys: Tensor, num_patches: int, num_seen: int, stream: int, width: int = 1, unit: int = 1
+    seeds: Tensor, num_patches: int, num_seen: int, stream: int, width: int = 1, unit: int = 1
 ) -> tuple[Tensor, Tensor]:
-    seen, hidden = _outputs(keys, num_patches, num_seen)
+    seen, hidden = _outputs(seeds, num_patches, num_seen)
     sizes = tile(num_patches)
-    _kernel[(len(keys),)](
-        keys, seen, hidden, keys.stride(0), num_patches, num_seen, stream,
+    _kernel[(len(seeds),)](
+        seeds, seen, hidden, seeds.stride(0), num_patches, num_seen, stream,
         WIDTH=width, UNIT=unit, INDEX_BITS=sizes["BLOCK_N"].bit_length(), **sizes,
     )  # fmt: skip
     return seen, hidden
@@ -168,23 +168,23 @@ def launch_mask(mask: Tensor, num_hidden: int) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("fastmim::split_patches", mutates_args=(), device_types="cuda")
 def _op(
-    keys: Tensor, num_patches: int, num_seen: int, stream: int, width: int = 1, unit: int = 1
+    seeds: Tensor, num_patches: int, num_seen: int, stream: int, width: int = 1, unit: int = 1
 ) -> tuple[Tensor, Tensor]:
-    return launch(keys, num_patches, num_seen, stream, width, unit)
+    return launch(seeds, num_patches, num_seen, stream, width, unit)
 
 
 @_op.register_kernel("cpu")
-def _(keys, num_patches, num_seen, stream, width=1, unit=1):
+def _(seeds, num_patches, num_seen, stream, width=1, unit=1):
     if unit == 1:
-        return split_patches_reference(keys, num_patches, num_seen, stream)
+        return split_patches_reference(seeds, num_patches, num_seen, stream)
     grid = num_patches // width, width
-    return split_patches_grouped_reference(keys, grid, unit, num_seen // unit**2, stream)
+    return split_patches_grouped_reference(seeds, grid, unit, num_seen // unit**2, stream)
 
 
 @_op.register_fake
-def _(keys, num_patches, num_seen, stream, width=1, unit=1):
-    B = keys.shape[0]
-    return keys.new_empty(B, num_seen), keys.new_empty(B, num_patches - num_seen)
+def _(seeds, num_patches, num_seen, stream, width=1, unit=1):
+    B = seeds.shape[0]
+    return seeds.new_empty(B, num_seen), seeds.new_empty(B, num_patches - num_seen)
 
 
 @torch.library.custom_op("fastmim::split_mask", mutates_args=(), device_types="cuda")
@@ -240,36 +240,36 @@ def num_hidden(num_cells: int, mask_ratio: float) -> int:
     return hidden
 
 
-def check_keys(keys_B: Tensor, stream: int) -> None:
+def check_seeds(seeds_B: Tensor, stream: int) -> None:
     """ValueError for what no mask can be drawn from."""
-    if keys_B.ndim != 1 or keys_B.dtype != torch.int64:
-        raise ValueError(f"want keys int64 [B], got {keys_B.dtype} {tuple(keys_B.shape)}")
+    if seeds_B.ndim != 1 or seeds_B.dtype != torch.int64:
+        raise ValueError(f"want seeds int64 [B], got {seeds_B.dtype} {tuple(seeds_B.shape)}")
     if not 0 <= stream < 2**31:
         raise ValueError(f"want 0 <= stream < 2**31, got {stream}")
 
 
 def split_patches(
-    keys_B: Tensor, num_patches: int, num_seen: int, *, stream: int = 0
+    seeds_B: Tensor, num_patches: int, num_seen: int, *, stream: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Seen and hidden patches of each sample, ascending. `[B] -> [B, K], [B, N - K]` int64.
 
     The same key and stream give the same mask everywhere; two streams of a key are independent.
     """
-    check_keys(keys_B, stream)
+    check_seeds(seeds_B, stream)
     if not 0 <= num_seen <= num_patches <= MAX_N:
         raise ValueError(f"want 0 <= num_seen <= num_patches <= {MAX_N}, got {num_seen}, {num_patches}")
-    return _op(keys_B, num_patches, num_seen, stream)
+    return _op(seeds_B, num_patches, num_seen, stream)
 
 
 def split_patches_grouped(
-    keys_B: Tensor, grid: tuple[int, int], unit: int, num_hidden_cells: int, *, stream: int = 0
+    seeds_B: Tensor, grid: tuple[int, int], unit: int, num_hidden_cells: int, *, stream: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Seen and hidden patches where whole cells of `unit` x `unit` patches are hidden, both ascending.
 
     `[B] -> [B, K], [B, N - K]` int64: N patches in a `grid` of (height, width), N - K = num_hidden_cells *
     unit * unit. With unit 1 it is split_patches. ValueError if `unit` does not divide the grid.
     """
-    check_keys(keys_B, stream)
+    check_seeds(seeds_B, stream)
     h, w = grid
     if unit < 1 or min(h, w) < 1 or h % unit or w % unit:
         raise ValueError(f"want a unit that divides the grid, got unit {unit} and grid {h} x {w}")
@@ -279,7 +279,7 @@ def split_patches_grouped(
             f"want 0 <= num_hidden_cells <= {cells} and at most {MAX_N} patches,"
             f" got {num_hidden_cells} and {h * w}"
         )
-    return _op(keys_B, h * w, (cells - num_hidden_cells) * unit * unit, stream, w, unit)
+    return _op(seeds_B, h * w, (cells - num_hidden_cells) * unit * unit, stream, w, unit)
 
 
 def split_mask(mask_BN: Tensor, num_hidden: int) -> tuple[Tensor, Tensor]:

@@ -19,9 +19,9 @@ def test_the_baseline_cuts_its_pixels():
     assert len(images) == 3
     assert images[0].unique().tolist() == [3] and images[1].unique().tolist() == [200]
     torch.manual_seed(0)
-    views = [images[2] for _ in range(4)]
-    assert views[0].shape == (8, 8, 3) and views[0].dtype == torch.uint8
-    assert not any(torch.equal(views[0], view) for view in views[1:])
+    crops = [images[2] for _ in range(4)]
+    assert crops[0].shape == (8, 8, 3) and crops[0].dtype == torch.uint8
+    assert not any(torch.equal(crops[0], crop) for crop in crops[1:])
 
 
 @pytest.mark.slow

@@ -97,14 +97,14 @@ def counted(config: MAEConfig, model: ViTConfig) -> int:
     weights = {name: tensor.requires_grad_() for name, tensor in to_mae(method.state_dict()).items()}
     for name in ("pos_embed", "decoder_pos_embed"):
         weights[name].requires_grad_(False)
-    views = method.transform(batch.keys_B)[:2] if isinstance(config, RMAEConfig) else None
+    views = method.transform(batch.seeds_B)[:2] if isinstance(config, RMAEConfig) else None
     if views is None:
         views = (torch.arange(method.num_seen).expand(3, -1),)
     loss = torch.zeros(())
     with FlopCounterMode(display=False) as counter:
         for seen in views:
             visible = plain.visible_mask(seen, model.num_patches)
-            z = plain.encode(batch.views[0], visible, weights, model.patch, model.heads)
+            z = plain.encode(batch.crops[0], visible, weights, model.patch, model.heads)
             pred = plain.decode(z, visible, weights, DECODER.heads)
             loss = loss + pred.square().mean()
         loss.backward()

@@ -16,7 +16,7 @@ MODEL = ViTConfig(width=16, depth=1, heads=2, patch=4, image_size=16)
 
 @pytest.fixture
 def finished(tmp_path):
-    """Two runs that are done, so that nothing is trained, and labelled images."""
+    """Two runs that are done, so that nothing is trained, and labeled images."""
     for i, name in enumerate(("mae", "cmae-mask")):
         run = tmp_path / "runs" / name
         run.mkdir(parents=True)

@@ -356,8 +356,8 @@ def parse_only(part: Part) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
         main = import_module(name).main
-        if ".peers." in name:
-            main = partial(main, "peer", "torch", lambda method: method)
+        if ".rivals." in name:
+            main = partial(main, "rival", "torch", lambda method: method)
         with pytest.raises(Parsed):
             main(arguments)
 
@@ -457,7 +457,7 @@ def test_rehearsal(tmp_path):
     assert became[("sanitizer", "memcheck, racecheck")].startswith("skipped: ")
     assert became[("tests", "with faults")] == "failed with 1: 1 failed, 2 lost, 2 passed"
     assert "FAILED " in run.stdout and "assert (1 + 1) == 3" in run.stdout
-    for key in (("prepare", "machine, C++ ops, Triton"), ("step", "mae by kernel"), ("peers", "timm_mae")):
+    for key in (("prepare", "machine, C++ ops, Triton"), ("step", "mae by kernel"), ("rivals", "timm_mae")):
         assert became[key].startswith("ok"), became
     assert all(became[("methods", name)].startswith("ok") for name in ("mae", "rmae", "cmae", "cmae_huang"))
     assert {r["file"] for r in rows} >= {"throughput.jsonl", "resized_crop.jsonl", "step_profile.jsonl"}

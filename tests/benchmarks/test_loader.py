@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fastmim_kernels import sample_keys
+from fastmim_kernels import sample_seeds
 
 from benchmarks.pipeline import loader, providers
 from fastmim.data.crop import draw_boxes
-from fastmim.views import View
+from fastmim.views import Crop
 
 pytest.importorskip("PIL")
 
@@ -23,7 +23,7 @@ def test_the_baselines_boxes_have_the_law_of_ours(height, width):
     theirs = np.array([providers.random_box(height, width) for _ in range(count)], float)
     assert (theirs[:, 0] >= 0).all() and (theirs[:, 2] <= width).all() and (theirs[:, 3] <= height).all()
     sizes = np.tile([[height, width]], (count, 1))
-    top, left, h, w = draw_boxes(sample_keys(0, 0, torch.arange(count)), sizes, View(size=(224, 224)))[0].T
+    top, left, h, w = draw_boxes(sample_seeds(0, 0, torch.arange(count)), sizes, Crop(size=(224, 224)))[0].T
     x0, y0, x1, y1 = theirs.T
     found = (x0, y0, x1 - x0, y1 - y0, np.log((x1 - x0) / (y1 - y0)))
     for a, b in zip(found, (left, top, w, h, np.log(w / h)), strict=True):
@@ -70,15 +70,15 @@ def test_what_each_provider_delivers(name, tmp_path, torchvision_loads):
     loader.make_photographs(tmp_path, 6)
     turn = providers.Turn(tmp_path, 3, 1, 0.65)
     batches = providers.PROVIDERS[name](turn)
-    views = next(batches)
+    crops = next(batches)
     batches.close()
     if name == "dataloader":  # as main_pretrain.py of MAE hands it to the model
-        assert views.shape == (3, 3, 224, 224) and views.dtype == torch.float32
-        assert -2.2 < views.min() < views.max() < 2.7 and abs(views.mean()) < 1.5
-        assert not torch.equal(views, (views * 255).round() / 255)  # normalised, not merely scaled
+        assert crops.shape == (3, 3, 224, 224) and crops.dtype == torch.float32
+        assert -2.2 < crops.min() < crops.max() < 2.7 and abs(crops.mean()) < 1.5
+        assert not torch.equal(crops, (crops * 255).round() / 255)  # normalized, not merely scaled
     else:
-        assert views.shape == (3, 224, 224, 3) and views.dtype == torch.uint8
-        assert views.float().std() > 5
+        assert crops.shape == (3, 224, 224, 3) and crops.dtype == torch.uint8
+        assert crops.float().std() > 5
 
 
 def test_maes_transforms_are_maes(torchvision_loads):

@@ -8,12 +8,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from fastmim_kernels import resized_crop, sample_keys
+from fastmim_kernels import resized_crop, sample_seeds
 from PIL import Image
 
 from benchmarks.pipeline import parity, parity_boxes, parity_files, parity_page, parity_reference
 from fastmim.data.crop import draw_boxes
-from fastmim.views import View
+from fastmim.views import Crop
 from tests.data.conftest import encode
 
 SIZES = {"a": (200, 300), "b": (60, 90), "c": (70, 50)}
@@ -35,7 +35,7 @@ def quick(monkeypatch):
     """Pillow's decoder and three chains, one always flipped; speed is not what is asked here."""
     monkeypatch.setattr(parity, "decoders", lambda: ["pillow"])
     chains = {k: parity.CHAINS[k] for k in ("MAE", "BYOL, second")}
-    monkeypatch.setattr(parity, "CHAINS", chains | {"flipped": View(size=(224, 224), flip=1.0)})
+    monkeypatch.setattr(parity, "CHAINS", chains | {"flipped": Crop(size=(224, 224), flip=1.0)})
     speed = {"kind": "speed", "op": "color_jitter", "provider": "fastmim", "images_per_s": 1.0}
     speed |= {"images_per_s_p20": 1.0, "images_per_s_p80": 1.0}
     monkeypatch.setattr(parity_page, "speeds", lambda images: [speed])
@@ -60,7 +60,7 @@ def test_the_page_of_a_tiny_folder(folder, quick, capsys):
     assert all(r["images"] == 3 and r["source"] == "images" and r["commit"] != "" for r in stages)
     assert all(r["equal_share"] == 1 and r["mae"] == 0 and r["psnr_db"] is None for r in stages
                if r["expect_equal"])  # fmt: skip
-    assert "every colour above is that of Pillow" in text and "not here" not in text
+    assert "every color above is that of Pillow" in text and "not here" not in text
     for r in stages:
         assert f"| {r['stage']} | {r['reference']} | {100 * r['equal_share']:.4g} % |" in text
     with Image.open(folder.parent / "parity.png") as picture:
@@ -75,8 +75,8 @@ def test_numbers_are_those_worked_out_by_hand(folder, quick, capsys):
     for i, name in enumerate(SIZES):
         with Image.open(folder / f"{name}.jpg") as file:
             image = file.convert("RGB")
-        key = sample_keys(0, 0, torch.tensor([i]))
-        box = draw_boxes(key, np.array([[image.height, image.width]]), View(size=(224, 224)))[0][0].tolist()
+        key = sample_seeds(0, 0, torch.tensor([i]))
+        box = draw_boxes(key, np.array([[image.height, image.width]]), Crop(size=(224, 224)))[0][0].tolist()
         top, left, height, width = box
         cut = image.crop((left, top, left + width, top + height))
         one_call = np.asarray(cut.resize((112, 112), Image.Resampling.LANCZOS), int)
@@ -91,7 +91,7 @@ def test_numbers_are_those_worked_out_by_hand(folder, quick, capsys):
 
 
 def spoil(image_index, at, by):
-    """`resized_crop` that adds to one value of one image's bicubic views."""
+    """`resized_crop` that adds to one value of one image's bicubic crops."""
     calls = []
 
     def planted(images, boxes, size, **options):
@@ -125,7 +125,7 @@ def test_a_planted_difference_shows(folder, quick, monkeypatch, capsys):
     assert stage(rows, "crop and resize, lanczos to 112", "Pillow, rows first")["equal_share"] == 1
 
 
-def test_a_colour_that_is_off_is_said(folder, quick, monkeypatch, capsys):
+def test_a_color_that_is_off_is_said(folder, quick, monkeypatch, capsys):
     exact = parity.apply_colors
     monkeypatch.setattr(parity, "apply_colors", lambda x, d: exact(x, d) ^ 1)
     status, rows, text = run(folder)
@@ -174,18 +174,18 @@ def test_one_law_passes_and_another_is_found(monkeypatch):
     rows = list(parity_boxes.compare_boxes(sizes, 1200))
     assert len(rows) == 15 and all(r["draws"] == 1200 and r["p"] > 1e-3 for r in rows)
     assert parity.failures(rows) == []
-    wider = {"MAE": View(size=(8, 8), scale=(0.35, 1.0))}
+    wider = {"MAE": Crop(size=(8, 8), scale=(0.35, 1.0))}
     plain = parity_boxes.our_boxes
-    monkeypatch.setattr(parity_boxes, "our_boxes", lambda s, e, view: plain(s, e, wider["MAE"]))
+    monkeypatch.setattr(parity_boxes, "our_boxes", lambda s, e, crop: plain(s, e, wider["MAE"]))
     found = [r for r in parity_boxes.compare_boxes(sizes, 1200) if r["law"] == "MAE"]
     assert any("another area" in said for said in parity.failures(found))
 
 
 def test_flips_that_are_not_even_are_found(monkeypatch):
     plain = parity_boxes.our_boxes
-    often = View(size=(8, 8), flip=0.6)
+    often = Crop(size=(8, 8), flip=0.6)
     monkeypatch.setattr(
-        parity_boxes, "our_boxes", lambda s, e, view: (plain(s, e, view)[0], plain(s, e, often)[1])
+        parity_boxes, "our_boxes", lambda s, e, crop: (plain(s, e, crop)[0], plain(s, e, often)[1])
     )
     rows = list(parity_boxes.compare_boxes(np.tile([[375, 500]], (500, 1)), 1500))
     assert [r["quantity"] for r in rows if r["p"] < parity.LEAST_P] == ["flipped"] * 3
@@ -202,8 +202,8 @@ def test_every_kind_of_file_is_what_it_is_called():
             modes[kind] = image.mode
             assert kind.split(",")[0].replace(" ", "").upper() == image.format, kind
     assert list(files) == list(parity_files.CONVENTIONS)
-    expected = {"JPEG, CMYK": "CMYK", "JPEG, greyscale": "L", "PNG, alpha": "RGBA", "PNG, palette": "P"}
-    expected |= {"PNG, 16-bit grey": "I;16", "PNG, one bit": "1", "PNG, grey and alpha": "LA"}
+    expected = {"JPEG, CMYK": "CMYK", "JPEG, grayscale": "L", "PNG, alpha": "RGBA", "PNG, palette": "P"}
+    expected |= {"PNG, 16-bit gray": "I;16", "PNG, one bit": "1", "PNG, gray and alpha": "LA"}
     assert {kind: modes[kind] for kind in expected} == expected
     with Image.open(BytesIO(files["JPEG, turned by EXIF"])) as image:
         assert image.getexif()[0x0112] == 6
@@ -215,20 +215,20 @@ def test_what_becomes_of_each_kind():
     photograph = Image.open(BytesIO(encode(0, size=(200, 150))))
     rows = {r["file"]: r for r in parity_files.compare_kinds(["pillow"], photograph)}
     assert all(r["largest"] == 0 for r in rows.values())
-    assert rows["PNG, 16-bit grey"]["mae_to_conversion"] > 50
+    assert rows["PNG, 16-bit gray"]["mae_to_conversion"] > 50
     assert all(r["mae_to_conversion"] == 0 for kind, r in rows.items() if "16-bit" not in kind)
 
 
 def test_a_kind_that_is_refused_is_said(monkeypatch):
     def refuse(decoder, data, box):
-        raise parity_files.Rejected({0: "no such colours"})
+        raise parity_files.Rejected({0: "no such colors"})
 
     monkeypatch.setattr(parity_files, "view_of", refuse)
     rows = list(parity_files.compare_kinds(["pillow"], Image.new("RGB", (8, 8))))
-    assert all(r["refused"] == "no such colours" and "mae" not in r for r in rows)
+    assert all(r["refused"] == "no such colors" and "mae" not in r for r in rows)
     head, lines = parity_page.kinds_table(rows)
     assert head == ("file", "pillow", "convention")
-    assert ("PNG", "no such colours", "as stored") in lines
+    assert ("PNG", "no such colors", "as stored") in lines
 
 
 def test_dali_decodes_whole_images_and_boxes():

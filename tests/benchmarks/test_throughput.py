@@ -43,7 +43,7 @@ def make(name: str = "mae"):
     small = {"decoder": DECODER, "hidden": 40, "out": 20}
     config = METHODS[name]()
     method = replace(config, **{k: v for k, v in small.items() if hasattr(config, k)}).build(MODEL)
-    method.peers = Ranks.single()
+    method.ranks = Ranks.single()
     return method
 
 
@@ -195,7 +195,7 @@ def test_what_was_foreseen_stands_beside_what_was_measured():
     known = beside(config, model, batch=8, precision="bf16", device="NVIDIA H100 80GB HBM3", engine="plain")
     words = throughput.foreseen_words({**known, "ms": 2 * known["foreseen_ms"]})
     assert words.startswith(f"; 50 % of the foreseen {known['foreseen_images_per_s']:.1f} img/s (")
-    assert throughput.foreseen_words({"ms": 1.0}) == ""  # of a peer nothing is
+    assert throughput.foreseen_words({"ms": 1.0}) == ""  # of a rival nothing is
 
 
 @pytest.mark.parametrize("role", ["forward", "data gradient", "weight gradient"])

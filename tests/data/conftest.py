@@ -12,7 +12,7 @@ from PIL import Image
 
 from fastmim.data import DataConfig, Images, Loader, SampleOrder
 from fastmim.data.config import CacheName
-from fastmim.views import Batch, View
+from fastmim.views import Batch, Crop
 from tests.conftest import SHARED_DATA
 
 
@@ -64,7 +64,7 @@ def open_loader(tmp_path) -> Iterator[Callable[..., Loader]]:
         decoder: str,
         *,
         batch: int = 8,
-        views: Sequence[View] = (View(size=(16, 16)),),
+        crops: Sequence[Crop] = (Crop(size=(16, 16)),),
         channels: int = 3,
         start_step: int = 0,
         max_bad_fraction: float = 0.01,
@@ -84,7 +84,7 @@ def open_loader(tmp_path) -> Iterator[Callable[..., Loader]]:
         )
         loader = Loader(
             images,
-            views,
+            crops,
             SampleOrder(epoch_images or len(images), batch, seed=3, **order),
             config=config,
             channels=channels,
@@ -111,5 +111,5 @@ def assert_same(one: Sequence[Batch], other: Sequence[Batch]) -> None:
     for a, b in zip(one, other, strict=True):
         assert a.epoch == b.epoch
         assert torch.equal(a.ids_B, b.ids_B)
-        assert torch.equal(a.keys_B, b.keys_B)
-        assert all(torch.equal(x, y) for x, y in zip(a.views, b.views, strict=True))
+        assert torch.equal(a.seeds_B, b.seeds_B)
+        assert all(torch.equal(x, y) for x, y in zip(a.crops, b.crops, strict=True))

@@ -8,7 +8,7 @@ import torch
 from fastmim.data import DataConfig, Loader, MemoryImages, SampleOrder, why_no_dali
 from fastmim.engine.ranks import Ranks
 from tests.data.conftest import encode
-from tests.data.test_everywhere import STEPS, VIEWS, parts_of
+from tests.data.test_everywhere import CROPS, STEPS, parts_of
 from tests.engine.forked import main, on_ranks
 
 COUNT = 24
@@ -17,11 +17,11 @@ COUNT = 24
 def seen(ranks: Ranks, decoder: str, folder: Path, start: int) -> dict:
     """A digest by (step, sample id) of what this rank saw, together with that of the others."""
     images = MemoryImages([encode(i, size=(40 + 3 * i, 64 - i)) for i in range(COUNT)])
-    views = [*VIEWS["windows of a master"], *VIEWS["several crops of two sizes"]]
-    views = [v for v in views if v.scale == views[0].scale or v.crop]  # one box for crop 0
+    crops = [*CROPS["windows of a master"], *CROPS["several crops of two sizes"]]
+    crops = [v for v in crops if v.scale == crops[0].scale or v.box]  # one box for crop 0
     digests = {}
     loader = Loader(
-        images, views, SampleOrder(COUNT, 8, world=ranks.world, rank=ranks.rank, seed=3),
+        images, crops, SampleOrder(COUNT, 8, world=ranks.world, rank=ranks.rank, seed=3),
         config=DataConfig(decoder=decoder, threads=1), channels=3, seed=3, device=torch.device("cpu"),
         bad_samples=folder / "bad_samples.jsonl", start_step=start,
     )  # fmt: skip

@@ -50,7 +50,7 @@ def originals() -> dict[str, bytes]:
     return {
         "jpeg": saved("JPEG"),
         "jpeg progressive": saved("JPEG", progressive=True),
-        "jpeg grey": saved("JPEG", "L"),
+        "jpeg gray": saved("JPEG", "L"),
         "jpeg cmyk": saved("JPEG", "CMYK"),
         "jpeg restarts": saved("JPEG", subsampling=0, restart_marker_blocks=3),
         "png": saved("PNG"),
@@ -151,13 +151,13 @@ def work(seed: int, first: int, end: int) -> None:
     from fastmim.data.draws import Draws
     from fastmim.data.pixels import for_dali
     from fastmim.data.whole import decode_all
-    from fastmim.views import View
+    from fastmim.views import Crop
 
     header.MAX_PIXELS = MAX_PIXELS
-    cpu, goods, view = torch.device("cpu"), originals(), View(size=(16, 16))
+    cpu, goods, crop = torch.device("cpu"), originals(), Crop(size=(16, 16))
     options = {"batch": BATCH, "channels": 3, "threads": 2, "depth": 1, "device": cpu}
     whole = {name: make_decoder(name, (), **options) for name in ("dali", "pillow")}
-    cut = {name: make_decoder(name, (view,), **options) for name in whole}
+    cut = {name: make_decoder(name, (crop,), **options) for name in whole}
     print(json.dumps({"ready": True}), flush=True)
     for begin in range(first, end, BATCH):
         print(json.dumps({"begin": begin}), flush=True)

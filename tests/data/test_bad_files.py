@@ -20,7 +20,7 @@ BAD = {
     "header and end": GOOD[:SCAN] + b"\xff\xd9",  # passes the header, breaks in the decoder
     "wrong magic": b"\x00\x00" + GOOD[2:],
     "bad Huffman table": GOOD[: HUFFMAN + 5] + b"\xff" * 16 + GOOD[HUFFMAN + 21 :],
-    "no quantisation table": GOOD.replace(b"\xff\xdb", b"\xff\xfe"),
+    "no quantization table": GOOD.replace(b"\xff\xdb", b"\xff\xfe"),
     "truncated png": PNG[: len(PNG) * 2 // 3],
     "damaged png": PNG[: len(PNG) // 2] + b"\x55\xaa\x55\xaa" + PNG[len(PNG) // 2 + 4 :],
     "folder": None,
@@ -62,7 +62,7 @@ def test_each_kind_is_named_and_replaced_by_the_next(kind, folder, tmp_path, ope
     assert 6 in expected[row["step"]].ids_B and len(row["reason"]) > 4
 
 
-def test_many_at_once_neighbours_and_the_last(folder, tmp_path, open_loader, decoder):
+def test_many_at_once_neighbors_and_the_last(folder, tmp_path, open_loader, decoder):
     images = find_images(folder)
     kinds = dict(zip([2, 3, 4, 9, 10, 17, 22, 23], [*BAD][1:], strict=False))
     expected = take(

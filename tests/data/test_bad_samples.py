@@ -18,7 +18,7 @@ from fastmim.data import BadImages, MemoryImages, find_images
 from fastmim.data.decoder import Rejected, Request, make_decoder
 from fastmim.data.draws import Draws
 from fastmim.data.header import BadImage, image_size
-from fastmim.views import View
+from fastmim.views import Crop
 
 from .conftest import assert_same, encode, take
 
@@ -114,7 +114,7 @@ def test_one_in_a_hundred_of_every_kind(spoilt, tmp_path, open_loader, decoder):
     assert_same(take(open_loader(images, decoder, batch=56, start_step=12), 3), run[12:15])
     half = take(open_loader(images, decoder, batch=56, world=2, rank=1), 4)
     for mine, whole in zip(half, run, strict=False):
-        assert torch.equal(mine.views[0], whole.views[0][28:])
+        assert torch.equal(mine.crops[0], whole.crops[0][28:])
 
 
 def test_more_than_the_threshold_end_the_run(spoilt, tmp_path, open_loader, decoder):
@@ -132,7 +132,7 @@ def test_the_header_is_enough_to_refuse_most(kind):
 
 
 def test_forms_that_are_decoded_are_not_refused():
-    """Progressive, grey, CMYK; bytes between the segments, as some writers leave them."""
+    """Progressive, gray, CMYK; bytes between the segments, as some writers leave them."""
     for data in (
         encode(0, progressive=True),
         encode(0, mode="L"),
@@ -178,11 +178,11 @@ def test_bad_files_cost_little_time_and_no_memory(tmp_path, open_loader, decoder
 CRASHES = """
 import sys, numpy as np, torch
 from fastmim.data.decoder import Rejected, Request, make_decoder
-from fastmim.data.draws import draw_views
-from fastmim.views import View
-views, good, bad = [View(size=(16, 16))], *(bytes.fromhex(line) for line in sys.stdin.read().split())
-draws = draw_views(torch.arange(64), np.array([(20, 24)] * 64), views)
-decoder = make_decoder("dali", views, batch=64, channels=3, threads=2, depth=1, device=torch.device("cpu"))
+from fastmim.data.draws import draw_crops
+from fastmim.views import Crop
+crops, good, bad = [Crop(size=(16, 16))], *(bytes.fromhex(line) for line in sys.stdin.read().split())
+draws = draw_crops(torch.arange(64), np.array([(20, 24)] * 64), crops)
+decoder = make_decoder("dali", crops, batch=64, channels=3, threads=2, depth=1, device=torch.device("cpu"))
 for i in range(0, 64, 5):
     decoder.submit(Request([bad if k == i else good for k in range(64)], draws))
     try:
@@ -208,12 +208,12 @@ def test_a_file_that_cannot_be_parsed_does_not_end_the_process():
 
 def test_boxes_beyond_a_picture_are_refused(decoder):
     """Two sizes may be read out of one broken file: no pixel is taken from outside."""
-    views = [View(size=(16, 16))]
+    crops = [Crop(size=(16, 16))]
     for data in (GOOD[0], encode(0, size=(24, 20), fmt="PNG")):
         for box, beyond in (((0, 0, 20, 24), False), ((1, 0, 20, 24), True), ((0, 1, 20, 24), True)):
             boxes, flips = np.array([box], np.int32), np.zeros(1, bool)
             busy = make_decoder(
-                decoder, views, batch=1, channels=3, threads=1, depth=1, device=torch.device("cpu")
+                decoder, crops, batch=1, channels=3, threads=1, depth=1, device=torch.device("cpu")
             )
             busy.submit(Request([data], Draws({0: boxes}, {0: flips}, {}, {})))
             if beyond:

@@ -1,4 +1,4 @@
-"""Views from decoded images: the pixels of the uncached loader, bad files, repeats, and what does not fit."""
+"""Crops from decoded images: the pixels of the uncached loader, bad files, repeats, and what does not fit."""
 
 import gc
 import shutil
@@ -8,35 +8,35 @@ from io import BytesIO
 import numpy as np
 import pytest
 import torch
-from fastmim_kernels.philox import sample_keys
+from fastmim_kernels.philox import sample_seeds
 from PIL import Image
 
 from fastmim.data import DataConfig, MemoryImages, find_images, look_at_sizes, sizes
 from fastmim.data.crop import draw_boxes
 from fastmim.data.source import Images
-from fastmim.views import BYOL_FIRST, C_MAE, View
+from fastmim.views import BYOL_FIRST, C_MAE, Crop
 
 from .conftest import assert_same, encode, take
 from .test_bad_files import BAD, repaired, rows, spoil
 
-VIEWS = {
-    "one crop": [View(size=(16, 20))],
-    "colours and windows": [
-        View(size=(16, 16), master=(20, 20), shift=4, draw=1, color=C_MAE),
-        View(size=(16, 16), master=(20, 20), shift=4, draw=2),
+CROPS = {
+    "one crop": [Crop(size=(16, 20))],
+    "colors and windows": [
+        Crop(size=(16, 16), master=(20, 20), shift=4, draw=1, color=C_MAE),
+        Crop(size=(16, 16), master=(20, 20), shift=4, draw=2),
     ],
     "several crops and sizes": [
-        View(size=(24, 24), color=BYOL_FIRST),
-        View(size=(12, 12), interpolation="bilinear", draw=1),
-        View(size=(8, 30), scale=(0.05, 0.3), crop=1),
-        View(size=(8, 8), flip=0.0, crop=7, color=C_MAE, draw=3),
+        Crop(size=(24, 24), color=BYOL_FIRST),
+        Crop(size=(12, 12), interpolation="bilinear", draw=1),
+        Crop(size=(8, 30), scale=(0.05, 0.3), box=1),
+        Crop(size=(8, 8), flip=0.0, box=7, color=C_MAE, draw=3),
     ],
 }
 
 
 @pytest.fixture
 def kinds(tmp_path):
-    """Files that decoders treat differently: odd chroma, scans, grey, alpha, palette, orientation."""
+    """Files that decoders treat differently: odd chroma, scans, gray, alpha, palette, orientation."""
     exif = Image.Exif()
     exif[0x0112] = 6
     files = {
@@ -58,21 +58,21 @@ def kinds(tmp_path):
 
 
 @pytest.mark.parametrize("channels", [3, 1])
-@pytest.mark.parametrize("views", VIEWS)
-def test_the_same_batches_with_and_without_a_cache(kinds, open_loader, decoder, device, views, channels):
+@pytest.mark.parametrize("crops", CROPS)
+def test_the_same_batches_with_and_without_a_cache(kinds, open_loader, decoder, device, crops, channels):
     images = find_images(kinds)
-    settings = {"views": VIEWS[views], "channels": channels, "batch": 5, "device": device}
+    settings = {"crops": CROPS[crops], "channels": channels, "batch": 5, "device": device}
     expected = take(open_loader(images, decoder, **settings), 5)
     for cache in ("ram", "device"):
         found = take(open_loader(images, decoder, cache=cache, **settings), 5)
         assert_same(found, expected)
-        assert all(view.device.type == device for view in found[0].views)
+        assert all(crop.device.type == device for crop in found[0].crops)
 
 
 def test_the_same_batches_of_imagenet(imagenet, open_loader, decoder):
     """Photographs: of one crop DALI decodes the box alone, without a cache."""
     images = find_images(imagenet)
-    settings = {"views": [View(size=(64, 64))], "batch": 50}
+    settings = {"crops": [Crop(size=(64, 64))], "batch": 50}
     expected = take(open_loader(images, decoder, **settings), 3)
     assert_same(take(open_loader(images, decoder, cache="ram", **settings), 3), expected)
 
@@ -120,18 +120,18 @@ def sides(folder):
 
 def test_one_image_is_as_many_samples_as_an_epoch_has(open_loader, decoder):
     """Every sample once an epoch, each cut as its own key says: by Pillow, written out plainly."""
-    data, view = encode(5, size=(40, 50), fmt="PNG"), View(size=(20, 12))
+    data, crop = encode(5, size=(40, 50), fmt="PNG"), Crop(size=(20, 12))
     image, seen = Image.open(BytesIO(data)), []
-    settings = {"epoch_images": 30, "batch": 10, "cache": "ram", "views": [view]}
+    settings = {"epoch_images": 30, "batch": 10, "cache": "ram", "crops": [crop]}
     for batch in take(open_loader(MemoryImages([data]), decoder, **settings), 6):
-        assert torch.equal(batch.keys_B, sample_keys(3, batch.epoch, batch.ids_B))
+        assert torch.equal(batch.seeds_B, sample_seeds(3, batch.epoch, batch.ids_B))
         seen.append(batch.ids_B)
-        boxes, flips = draw_boxes(batch.keys_B, np.tile([[50, 40]], (10, 1)), view)
+        boxes, flips = draw_boxes(batch.seeds_B, np.tile([[50, 40]], (10, 1)), crop)
         for slot, (top, left, height, width) in enumerate(boxes.tolist()):
-            crop = image.crop((left, top, left + width, top + height))
-            crop = crop.resize((12, height), Image.BICUBIC).resize((12, 20), Image.BICUBIC)
-            expected = torch.from_numpy(np.array(crop))
-            assert torch.equal(batch.views[0][slot], expected.flip(1) if flips[slot] else expected)
+            cut = image.crop((left, top, left + width, top + height))
+            cut = cut.resize((12, height), Image.BICUBIC).resize((12, 20), Image.BICUBIC)
+            expected = torch.from_numpy(np.array(cut))
+            assert torch.equal(batch.crops[0][slot], expected.flip(1) if flips[slot] else expected)
         assert len(np.unique(boxes, axis=0)) == 10
     for epoch in (seen[:3], seen[3:]):
         assert torch.cat(epoch).sort().values.tolist() == [*range(30)]

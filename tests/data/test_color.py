@@ -1,4 +1,4 @@
-"""The draws of the colours: the laws of the published recipes; and what the two ops make of them."""
+"""The draws of the colors: the laws of the published recipes; and what the two ops make of them."""
 
 import math
 import random
@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from fastmim_kernels.philox import draw_uniform, sample_keys
+from fastmim_kernels.philox import draw_uniform, sample_seeds
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from fastmim.data.color import ORDERS, apply_colors, draw_colors
@@ -16,12 +16,12 @@ from fastmim.views import BYOL_FIRST, BYOL_SECOND, C_MAE, DINO_SMALL, SIMSIAM, C
 
 COUNT = 24_000
 WILD = Color(
-    brightness=1.4, contrast=0.3, saturation=0.8, hue=0.4, jitter=0.6, grey=0.3, blur=0.7, solarise=0.25
+    brightness=1.4, contrast=0.3, saturation=0.8, hue=0.4, jitter=0.6, gray=0.3, blur=0.7, solarize=0.25
 )
 
 
 def keys(count, seed=0):
-    return sample_keys(seed, 0, torch.arange(count))
+    return sample_seeds(seed, 0, torch.arange(count))
 
 
 def assert_uniform(values, low, high, name):
@@ -41,9 +41,9 @@ def assert_share(flags, p, name):
 def test_probabilities_and_ranges(color):
     d = draw_colors(keys(COUNT), color)
     assert_share((d.order_B4 >= 0).any(1), color.jitter, "jitter")
-    assert_share(d.grey_B, color.grey, "grey")
+    assert_share(d.gray_B, color.gray, "gray")
     assert_share(d.sigmas_B > 0, color.blur, "blur")
-    assert_share(d.solarise_B, color.solarise, "solarise")
+    assert_share(d.solarize_B, color.solarize, "solarize")
     for i, name in enumerate(("brightness", "contrast", "saturation", "hue")):
         s = getattr(color, name)
         low, high = (-s, s) if name == "hue" else (max(0, 1 - s), 1 + s)
@@ -54,7 +54,7 @@ def test_probabilities_and_ranges(color):
 
 
 def test_the_recipes_are_the_published_ones():
-    four = ("brightness", "contrast", "saturation", "hue", "jitter", "grey", "blur", "solarise")
+    four = ("brightness", "contrast", "saturation", "hue", "jitter", "gray", "blur", "solarize")
     published = {
         (0.4, 0.4, 0.4, 0.1, 0.8, 0.2, 0.0, 0.0): C_MAE,
         (0.4, 0.4, 0.4, 0.1, 0.8, 0.2, 0.5, 0.0): SIMSIAM,
@@ -89,10 +89,10 @@ def test_draws_are_independent_of_one_another():
     d = draw_colors(keys(COUNT), replace(WILD, blur=0.5))
     jittered = (d.order_B4 >= 0).any(1)
     u = draw_uniform(keys(COUNT), 10, 300)
-    columns = [*d.factors_B4.T, jittered, d.grey_B, d.sigmas_B, d.solarise_B, u[:, 5]]
+    columns = [*d.factors_B4.T, jittered, d.gray_B, d.sigmas_B, d.solarize_B, u[:, 5]]
     crop = draw_uniform(keys(COUNT), 4, 100).T  # of crop.py
     other = draw_colors(keys(COUNT), WILD, draw=1)
-    columns += [*crop, *other.factors_B4.T, other.grey_B, other.solarise_B]
+    columns += [*crop, *other.factors_B4.T, other.gray_B, other.solarize_B]
     correlation = np.corrcoef(np.stack([c.double().numpy() for c in columns]))
     assert np.abs(correlation[np.triu_indices(len(columns), 1)]).max() < 4.5 / math.sqrt(COUNT)
 
@@ -103,9 +103,9 @@ def test_a_sample_has_its_draw_wherever_it_comes():
     for field in fields(whole):
         assert torch.equal(getattr(whole, field.name)[40:43], getattr(part, field.name)), field.name
     assert not torch.equal(draw_colors(keys(64, seed=1), WILD, 2).factors_B4, whole.factors_B4)
-    assert torch.equal(draw_colors(keys(64), replace(WILD, grey=0.9, blur=0), 2).factors_B4, whole.factors_B4)
+    assert torch.equal(draw_colors(keys(64), replace(WILD, gray=0.9, blur=0), 2).factors_B4, whole.factors_B4)
     u = draw_uniform(keys(64), 10, 302)
-    assert torch.equal(whole.solarise_B, u[:, 9] < 0.25)
+    assert torch.equal(whole.solarize_B, u[:, 9] < 0.25)
     assert torch.equal(whole.factors_B4[:, 0], (u[:, 1] * 2.4).float())
 
 
@@ -120,9 +120,9 @@ def one_by_pillow(image, d, b):
             x = Image.merge("HSV", (h, s, v)).convert("RGB")
         elif stage >= 0:
             x = enhance[stage](x).enhance(factor)
-    x = ImageOps.grayscale(x).convert("RGB") if d.grey_B[b] else x
+    x = ImageOps.grayscale(x).convert("RGB") if d.gray_B[b] else x
     x = x.filter(ImageFilter.GaussianBlur(d.sigmas_B[b].item()))
-    return torch.from_numpy(np.array(ImageOps.solarize(x) if d.solarise_B[b] else x))
+    return torch.from_numpy(np.array(ImageOps.solarize(x) if d.solarize_B[b] else x))
 
 
 @pytest.mark.parametrize("color", [C_MAE, SIMSIAM, BYOL_FIRST, BYOL_SECOND, WILD, replace(WILD, blur=0.0)])
@@ -141,19 +141,19 @@ def test_draws_leave_the_generators_alone():
     assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
 
 
-def test_rejects_what_is_no_colour():
+def test_rejects_what_is_no_color():
     for bad in ({"brightness": -0.1}, {"hue": 0.51}):
         with pytest.raises(ValueError, match="want strengths"):
             Color(**bad)
-    for bad in ({"jitter": 1.1}, {"grey": -0.1}, {"blur": 2.0}, {"solarise": float("nan")}):
+    for bad in ({"jitter": 1.1}, {"gray": -0.1}, {"blur": 2.0}, {"solarize": float("nan")}):
         with pytest.raises(ValueError, match="want probabilities"):
             Color(**bad)
     for bad in ((0.0, 1.0), (2.0, 1.0), (1.0, 101.0)):
         with pytest.raises(ValueError, match="want 0 < sigma"):
             Color(sigma=bad)
-    with pytest.raises(ValueError, match="want keys on the CPU and draw >= 0"):
+    with pytest.raises(ValueError, match="want seeds on the CPU and draw >= 0"):
         draw_colors(keys(2), WILD, -1)
-    with pytest.raises(ValueError, match="want keys on the CPU"):
+    with pytest.raises(ValueError, match="want seeds on the CPU"):
         draw_colors(keys(2).to("meta"), WILD)
-    with pytest.raises(ValueError, match="want keys int64"):
+    with pytest.raises(ValueError, match="want seeds int64"):
         draw_colors(keys(2).int(), WILD)

@@ -5,56 +5,56 @@ import math
 import numpy as np
 import pytest
 import torch
-from fastmim_kernels.philox import draw_uniform, sample_keys
+from fastmim_kernels.philox import draw_uniform, sample_seeds
 
-from fastmim.data.crop import crops_of, draw_boxes
-from fastmim.views import View
+from fastmim.data.crop import by_box, draw_boxes
+from fastmim.views import Crop
 
-VIEW = View(size=(224, 224))
+CROP = Crop(size=(224, 224))
 ODD_SIZES = [(1, 1), (1, 500), (500, 1), (2, 3), (375, 500), (500, 375), (3000, 7), (640, 480), (224, 224)]
 
 
 def keys(count, seed=0):
-    return sample_keys(seed, 0, torch.arange(count))
+    return sample_seeds(seed, 0, torch.arange(count))
 
 
-def one_box(u, height, width, view):
+def one_box(u, height, width, crop):
     """torchvision's loop, one image, one word after another."""
     for k in range(10):
-        target = height * width * (view.scale[0] + u[2 * k] * (view.scale[1] - view.scale[0]))
-        low, high = math.log(view.ratio[0]), math.log(view.ratio[1])
+        target = height * width * (crop.scale[0] + u[2 * k] * (crop.scale[1] - crop.scale[0]))
+        low, high = math.log(crop.ratio[0]), math.log(crop.ratio[1])
         aspect = math.exp(low + u[2 * k + 1] * (high - low))
         w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
         if 0 < w <= width and 0 < h <= height:
             return math.floor(u[20] * (height - h + 1)), math.floor(u[21] * (width - w + 1)), h, w
     w, h = width, height
-    if width / height < view.ratio[0]:
-        h = round(width / view.ratio[0])
-    elif width / height > view.ratio[1]:
-        w = round(height * view.ratio[1])
+    if width / height < crop.ratio[0]:
+        h = round(width / crop.ratio[0])
+    elif width / height > crop.ratio[1]:
+        w = round(height * crop.ratio[1])
     return (height - h) // 2, (width - w) // 2, h, w
 
 
 @pytest.mark.parametrize(
-    "view",
+    "crop",
     [
-        VIEW,
-        View(size=(8, 8), scale=(0.05, 0.4), ratio=(0.3, 3.0), crop=2),
-        View(size=(8, 8), scale=(1, 1), ratio=(1, 1)),
+        CROP,
+        Crop(size=(8, 8), scale=(0.05, 0.4), ratio=(0.3, 3.0), box=2),
+        Crop(size=(8, 8), scale=(1, 1), ratio=(1, 1)),
     ],
 )
-def test_equals_the_scalar_loop(view):
+def test_equals_the_scalar_loop(crop):
     sizes = np.array(ODD_SIZES * 40)
-    keys_B = keys(len(sizes))
-    boxes, flips = draw_boxes(keys_B, sizes, view)
-    u = draw_uniform(keys_B, 23, 100 + view.crop).tolist()
-    assert boxes.tolist() == [list(one_box(u[i], h, w, view)) for i, (h, w) in enumerate(sizes.tolist())]
+    seeds_B = keys(len(sizes))
+    boxes, flips = draw_boxes(seeds_B, sizes, crop)
+    u = draw_uniform(seeds_B, 23, 100 + crop.box).tolist()
+    assert boxes.tolist() == [list(one_box(u[i], h, w, crop)) for i, (h, w) in enumerate(sizes.tolist())]
     assert flips.tolist() == [words[22] < 0.5 for words in u]
 
 
 def test_boxes_lie_inside():
     sizes = np.array(ODD_SIZES * 500)
-    boxes, _ = draw_boxes(keys(len(sizes)), sizes, View(size=(8, 8), scale=(0.01, 1), ratio=(0.1, 10)))
+    boxes, _ = draw_boxes(keys(len(sizes)), sizes, Crop(size=(8, 8), scale=(0.01, 1), ratio=(0.1, 10)))
     assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] >= 1).all()
     assert (boxes[:, :2] + boxes[:, 2:] <= sizes).all()
 
@@ -62,8 +62,8 @@ def test_boxes_lie_inside():
 def test_area_aspect_corner_and_flip_have_their_distributions():
     # a narrow scale on a large square image: the first try always fits, so the law is known in closed form
     n, side = 20_000, 4000
-    view = View(size=(8, 8), scale=(0.1, 0.3), flip=0.25)
-    boxes, flips = draw_boxes(keys(n), np.full((n, 2), side), view)
+    crop = Crop(size=(8, 8), scale=(0.1, 0.3), flip=0.25)
+    boxes, flips = draw_boxes(keys(n), np.full((n, 2), side), crop)
     top, left, h, w = boxes.T.astype(float)
     log_ratio = math.log(4 / 3)
     uniforms = {
@@ -81,25 +81,25 @@ def test_area_aspect_corner_and_flip_have_their_distributions():
 
 def test_flip_probabilities_at_the_ends():
     sizes = np.full((64, 2), 50)
-    assert not draw_boxes(keys(64), sizes, View(size=(8, 8), flip=0.0))[1].any()
-    assert draw_boxes(keys(64), sizes, View(size=(8, 8), flip=1.0))[1].all()
+    assert not draw_boxes(keys(64), sizes, Crop(size=(8, 8), flip=0.0))[1].any()
+    assert draw_boxes(keys(64), sizes, Crop(size=(8, 8), flip=1.0))[1].all()
 
 
 def test_crops_are_independent_draws_and_each_sample_has_its_own():
     sizes = np.full((64, 2), 500)
-    first, _ = draw_boxes(keys(64), sizes, VIEW)
-    second, _ = draw_boxes(keys(64), sizes, View(size=(224, 224), crop=1))
+    first, _ = draw_boxes(keys(64), sizes, CROP)
+    second, _ = draw_boxes(keys(64), sizes, Crop(size=(224, 224), box=1))
     assert (first != second).any(axis=1).all()
-    assert np.array_equal(draw_boxes(keys(64)[5:9], sizes[:4], VIEW)[0], first[5:9])
+    assert np.array_equal(draw_boxes(keys(64)[5:9], sizes[:4], CROP)[0], first[5:9])
     assert len(np.unique(first, axis=0)) == 64
 
 
 def test_views_of_one_crop_must_agree():
-    small = View(size=(112, 112), interpolation="bilinear")
-    assert crops_of([VIEW, small, View(size=(96, 96), crop=4)]).keys() == {0, 4}
-    for views, message in [
-        ([VIEW, View(size=(8, 8), scale=(0.5, 1.0))], "one scale, ratio and flip for crop 0"),
-        ([], "at least one view"),
+    small = Crop(size=(112, 112), interpolation="bilinear")
+    assert by_box([CROP, small, Crop(size=(96, 96), box=4)]).keys() == {0, 4}
+    for crops, message in [
+        ([CROP, Crop(size=(8, 8), scale=(0.5, 1.0))], "one scale, ratio and flip for box 0"),
+        ([], "at least one crop"),
     ]:
         with pytest.raises(ValueError, match=message):
-            crops_of(views)
+            by_box(crops)

@@ -10,31 +10,31 @@ import torch
 from PIL import Image
 
 from fastmim.data import find_images, why_no_dali
-from fastmim.data.crop import crops_of, draw_boxes
+from fastmim.data.crop import by_box, draw_boxes
 from fastmim.data.decoder import Rejected, Request, make_decoder
 from fastmim.data.draws import Draws
 from fastmim.data.header import BadImage, image_size
-from fastmim.views import View
+from fastmim.views import Crop
 
 from .conftest import encode
 
 BOX = (3, 5, 30, 36)  # top, left, height, width
 
 
-def decode(name, data, views, box=BOX, flip=False, channels=3):
+def decode(name, data, crops, box=BOX, flip=False, channels=3):
     """One request of equal boxes through a decoder of its own."""
     decoder = make_decoder(
-        name, views, batch=len(data), channels=channels, threads=2, depth=1, device=torch.device("cpu")
+        name, crops, batch=len(data), channels=channels, threads=2, depth=1, device=torch.device("cpu")
     )
-    decoder.submit(Request(data, draws_of(views, [box] * len(data), flip)))
+    decoder.submit(Request(data, draws_of(crops, [box] * len(data), flip)))
     out = decoder.result()
     decoder.close()
     return out
 
 
-def draws_of(views, boxes, flip=False):
-    """The same boxes for every crop, and no draws of windows and colours."""
-    crops, boxes = {view.crop for view in views}, np.array(boxes, np.int32)
+def draws_of(crops, boxes, flip=False):
+    """The same boxes for every crop, and no draws of windows and colors."""
+    crops, boxes = {crop.box for crop in crops}, np.array(boxes, np.int32)
     flips = np.full(len(boxes), flip) if isinstance(flip, bool) else flip
     return Draws(dict.fromkeys(crops, boxes), dict.fromkeys(crops, flips), {}, {})
 
@@ -48,7 +48,7 @@ def plain(data, size, mode="RGB", box=BOX, resample=Image.Resampling.BICUBIC):
 
 
 def assert_close(actual, expected, levels=0.5):
-    """Mean absolute error in levels of 255: decoders differ in chroma and in grey."""
+    """Mean absolute error in levels of 255: decoders differ in chroma and in gray."""
     assert actual.shape == expected.shape and actual.dtype == torch.uint8
     assert (actual.float() - expected.float()).abs().mean() <= levels
 
@@ -58,7 +58,7 @@ EXIF[0x0112] = 6  # to be turned by 90 degrees
 INPUTS = {
     "jpeg": encode(0),
     "progressive": encode(0, progressive=True),
-    "grey jpeg": encode(0, mode="L"),
+    "gray jpeg": encode(0, mode="L"),
     "cmyk jpeg": encode(0, mode="CMYK"),
     "turned by exif": encode(0, exif=EXIF),
     "png": encode(0, fmt="PNG"),
@@ -73,28 +73,28 @@ INPUTS = {
 
 
 @pytest.mark.parametrize("kind", INPUTS)
-def test_every_kind_of_file_in_colour_and_grey(kind, decoder):
+def test_every_kind_of_file_in_color_and_gray(kind, decoder):
     data = INPUTS[kind]
     assert image_size(data) == (40, 48)
     for channels, mode in [(3, "RGB"), (1, "L")]:
-        [view] = decode(decoder, [data], [View(size=(24, 20))], channels=channels)
-        # grey of a colour image: libjpeg takes Y as stored, Pillow computes it from rounded RGB
-        assert_close(view[0], plain(data, (24, 20), mode), levels=0.8 if channels == 1 else 0.5)
+        [crop] = decode(decoder, [data], [Crop(size=(24, 20))], channels=channels)
+        # gray of a color image: libjpeg takes Y as stored, Pillow computes it from rounded RGB
+        assert_close(crop[0], plain(data, (24, 20), mode), levels=0.8 if channels == 1 else 0.5)
 
 
-def test_16_bit_grey_is_scaled(decoder):
-    grey = np.linspace(0, 65535, 40 * 48).reshape(40, 48).astype(np.uint16)
+def test_16_bit_gray_is_scaled(decoder):
+    gray = np.linspace(0, 65535, 40 * 48).reshape(40, 48).astype(np.uint16)
     file = BytesIO()
-    Image.fromarray(grey).save(file, "PNG")
-    [view] = decode(decoder, [file.getvalue()], [View(size=(40, 48))], box=(0, 0, 40, 48), channels=1)
-    assert_close(view[0, :, :, 0], torch.from_numpy(np.rint(grey / 257).astype(np.uint8)), levels=0.6)
+    Image.fromarray(gray).save(file, "PNG")
+    [crop] = decode(decoder, [file.getvalue()], [Crop(size=(40, 48))], box=(0, 0, 40, 48), channels=1)
+    assert_close(crop[0, :, :, 0], torch.from_numpy(np.rint(gray / 257).astype(np.uint8)), levels=0.6)
 
 
 def test_flip_and_interpolation_and_views_of_one_crop(decoder):
     data = [encode(1), encode(2)]
-    views = [View(size=(24, 20)), View(size=(12, 30), interpolation="bilinear")]
-    straight = decode(decoder, data, views)
-    flipped = decode(decoder, data, views, flip=True)
+    crops = [Crop(size=(24, 20)), Crop(size=(12, 30), interpolation="bilinear")]
+    straight = decode(decoder, data, crops)
+    flipped = decode(decoder, data, crops, flip=True)
     for slot in (0, 1):
         assert_close(straight[0][slot], plain(data[slot], (24, 20)))
         assert_close(straight[1][slot], plain(data[slot], (12, 30), resample=Image.Resampling.BILINEAR))
@@ -104,26 +104,26 @@ def test_flip_and_interpolation_and_views_of_one_crop(decoder):
 
 def test_many_crops_are_cut_like_one(decoder):
     data = [encode(3), encode(4, size=(60, 50))]
-    several = decode(decoder, data, [View(size=(24, 20), crop=c) for c in range(3)] + [View(size=(20, 18))])
-    [one] = decode(decoder, data, [View(size=(24, 20))])
-    for view in several[:3]:
-        assert torch.equal(view, one)
+    several = decode(decoder, data, [Crop(size=(24, 20), box=c) for c in range(3)] + [Crop(size=(20, 18))])
+    [one] = decode(decoder, data, [Crop(size=(24, 20))])
+    for crop in several[:3]:
+        assert torch.equal(crop, one)
     assert_close(several[3][1], plain(data[1], (20, 18)))
 
 
 def test_enlarging_and_tiny_images(decoder):
     data = encode(5, size=(1, 1), fmt="PNG")
-    [view] = decode(decoder, [data], [View(size=(16, 12))], box=(0, 0, 1, 1))
-    assert_close(view[0], plain(data, (16, 12), box=(0, 0, 1, 1)))
+    [crop] = decode(decoder, [data], [Crop(size=(16, 12))], box=(0, 0, 1, 1))
+    assert_close(crop[0], plain(data, (16, 12), box=(0, 0, 1, 1)))
     data = encode(6, size=(7, 5), fmt="PNG")
-    [view] = decode(decoder, [data], [View(size=(32, 33))], box=(1, 1, 3, 4))
-    assert torch.equal(view[0], plain(data, (32, 33), box=(1, 1, 3, 4)))
+    [crop] = decode(decoder, [data], [Crop(size=(32, 33))], box=(1, 1, 3, 4))
+    assert torch.equal(crop[0], plain(data, (32, 33), box=(1, 1, 3, 4)))
 
 
 def test_results_come_in_order_and_stay(decoder):
-    views = [View(size=(16, 16))]
-    busy = make_decoder(decoder, views, batch=2, channels=3, threads=2, depth=3, device=torch.device("cpu"))
-    draws = draws_of(views, [BOX, BOX])
+    crops = [Crop(size=(16, 16))]
+    busy = make_decoder(decoder, crops, batch=2, channels=3, threads=2, depth=3, device=torch.device("cpu"))
+    draws = draws_of(crops, [BOX, BOX])
     requests = [Request([encode(i), encode(i + 50)], draws) for i in range(12)]
     results = []
     for i, request in enumerate(requests):
@@ -137,10 +137,10 @@ def test_results_come_in_order_and_stay(decoder):
 
 
 def test_a_rejected_request_names_its_slots_and_leaves_the_decoder_usable(decoder):
-    views, good = [View(size=(16, 16))], encode(0)
+    crops, good = [Crop(size=(16, 16))], encode(0)
     bad = good[: good.index(b"\xff\xdb") + 5] + b"\x00" * 40 + b"\xff\xd9"
-    busy = make_decoder(decoder, views, batch=4, channels=3, threads=2, depth=2, device=torch.device("cpu"))
-    draws = draws_of(views, [BOX] * 4)
+    busy = make_decoder(decoder, crops, batch=4, channels=3, threads=2, depth=2, device=torch.device("cpu"))
+    draws = draws_of(crops, [BOX] * 4)
     slots = set()
     for data in ([good, bad, good, bad], [good, good, good, bad], [good] * 4):
         busy.submit(Request(data, draws))
@@ -160,20 +160,20 @@ def test_parity_on_imagenet(imagenet):
     """224 pixels, boxes and flips as in training: DALI, Pillow's decoder and Pillow alone give the same."""
     pytest.importorskip("nvidia.dali")
     images = find_images(imagenet)
-    view, data = View(size=(224, 224)), [images.read(i) for i in range(len(images))]
-    keys_B = torch.arange(len(images)) * 2**40 + 12345
-    boxes, flips = draw_boxes(keys_B, np.array([image_size(x) for x in data]), view)
+    crop, data = Crop(size=(224, 224)), [images.read(i) for i in range(len(images))]
+    seeds_B = torch.arange(len(images)) * 2**40 + 12345
+    boxes, flips = draw_boxes(seeds_B, np.array([image_size(x) for x in data]), crop)
     results = []
     for name in ("dali", "pillow"):
         decoder = make_decoder(
-            name, [view], batch=len(data), channels=3, threads=2, depth=1, device=torch.device("cpu")
+            name, [crop], batch=len(data), channels=3, threads=2, depth=1, device=torch.device("cpu")
         )
-        decoder.submit(Request(data, draws_of([view], boxes, flips)))
+        decoder.submit(Request(data, draws_of([crop], boxes, flips)))
         results.append(decoder.result()[0].float())
         decoder.close()
     all_pillow = torch.stack(
         [
-            (plain(x, view.size, box=box).flip(1) if flip else plain(x, view.size, box=box)).float()
+            (plain(x, crop.size, box=box).flip(1) if flip else plain(x, crop.size, box=box)).float()
             for x, box, flip in zip(data, boxes.tolist(), flips.tolist(), strict=True)
         ]
     )
@@ -209,49 +209,49 @@ def test_headers_that_are_refused(data, message):
 def test_bytes_after_the_end_are_borne(decoder):
     data = encode(0) + b"trailing \xff\xff rubbish" * 20
     assert image_size(data) == (40, 48)
-    assert_close(decode(decoder, [data], [View(size=(24, 20))])[0][0], plain(data, (24, 20)))
+    assert_close(decode(decoder, [data], [Crop(size=(24, 20))])[0][0], plain(data, (24, 20)))
 
 
 def test_refuses_channels_and_says_what_a_missing_dali_needs(monkeypatch):
     pytest.importorskip("nvidia.dali")
     assert why_no_dali() is None
     settings = {"batch": 1, "threads": 1, "depth": 1, "device": torch.device("cpu")}
-    with pytest.raises(ValueError, match="give 1 .grey. or 3 .RGB., got 4"):
-        make_decoder("pillow", [View(size=(8, 8))], channels=4, **settings)
+    with pytest.raises(ValueError, match="give 1 .gray. or 3 .RGB., got 4"):
+        make_decoder("pillow", [Crop(size=(8, 8))], channels=4, **settings)
     monkeypatch.delitem(sys.modules, "fastmim.data.dali", raising=False)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     assert "nvidia-dali" in why_no_dali()
     with pytest.raises(ValueError, match="nvidia-dali.*--data.decoder pillow"):
-        make_decoder("dali", [View(size=(8, 8))], channels=3, **settings)
+        make_decoder("dali", [Crop(size=(8, 8))], channels=3, **settings)
 
 
 def test_crops_share_decoding_by_number():
-    assert list(crops_of([View(size=(8, 8), crop=2), View(size=(4, 4), crop=2), View(size=(4, 4))])) == [2, 0]
+    assert list(by_box([Crop(size=(8, 8), box=2), Crop(size=(4, 4), box=2), Crop(size=(4, 4))])) == [2, 0]
 
 
 def test_a_bad_file_among_suspects_does_not_make_the_others_bad():
     """Where DALI names no slot, each is decoded alone: behind one that fails a new pipeline is needed."""
     dali = pytest.importorskip("fastmim.data.dali")
-    views, good = [View(size=(16, 16))], encode(0)
+    crops, good = [Crop(size=(16, 16))], encode(0)
     bad = good[: good.index(b"\xff\xdb") + 5] + b"\x00" * 40 + b"\xff\xd9"
-    busy = make_decoder("dali", views, batch=4, channels=3, threads=1, depth=1, device=torch.device("cpu"))
+    busy = make_decoder("dali", crops, batch=4, channels=3, threads=1, depth=1, device=torch.device("cpu"))
     assert isinstance(busy, dali.DaliDecoder)
-    request = Request([good, bad, good, bad], draws_of(views, [BOX] * 4))
+    request = Request([good, bad, good, bad], draws_of(crops, [BOX] * 4))
     assert busy._refused_of(request, range(4)) == [1, 3]
     assert busy._find_refused(request, "an error that names no slot", []) == [1, 3]
     busy.close()
 
 
-@pytest.mark.parametrize("crops", [1, 2])
-def test_the_load_of_the_jpeg_decoder_reaches_dali_on_a_gpu_only(crops, monkeypatch):
-    """In the graph as DALI serialises it; a graph for a GPU can be made without one, but not built."""
+@pytest.mark.parametrize("boxes", [1, 2])
+def test_the_load_of_the_jpeg_decoder_reaches_dali_on_a_gpu_only(boxes, monkeypatch):
+    """In the graph as DALI serializes it; a graph for a GPU can be made without one, but not built."""
     dali = pytest.importorskip("fastmim.data.dali")
     pipeline = dali.Pipeline
     monkeypatch.setattr(dali, "Pipeline", lambda **options: pipeline(**options | {"device_id": None}))
-    views = [View(size=(8, 8), crop=crop) for crop in range(crops)]
+    crops = [Crop(size=(8, 8), box=box) for box in range(boxes)]
     graphs = {
         device: dali.make_pipeline(
-            views,
+            crops,
             batch=2,
             channels=3,
             threads=1,

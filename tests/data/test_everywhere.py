@@ -1,4 +1,4 @@
-"""The same ids, boxes, colours and masks on 1, 2 and 4 ranks and from any start, for views of every kind."""
+"""The same ids, boxes, colors and masks on 1, 2 and 4 ranks and from any start, for crops of every kind."""
 
 from pathlib import Path
 
@@ -7,43 +7,43 @@ import torch
 from fastmim_kernels import split_patches
 
 from fastmim.data import find_images
-from fastmim.views import C_MAE, DINO_SMALL, SIMSIAM, View
+from fastmim.views import C_MAE, DINO_SMALL, SIMSIAM, Crop
 from tests.engine.forked import scenarios
 
 from .conftest import assert_same, take
 
-VIEWS = {
-    "one": [View(size=(16, 16))],
-    "colours of one crop": [View(size=(16, 16), color=C_MAE), View(size=(16, 16), color=SIMSIAM, draw=1)],
+CROPS = {
+    "one": [Crop(size=(16, 16))],
+    "colors of one crop": [Crop(size=(16, 16), color=C_MAE), Crop(size=(16, 16), color=SIMSIAM, draw=1)],
     "windows of a master": [
-        View(size=(16, 16), master=(24, 24)),
-        View(size=(16, 16), master=(24, 24), shift=8, color=C_MAE, draw=1),
+        Crop(size=(16, 16), master=(24, 24)),
+        Crop(size=(16, 16), master=(24, 24), shift=8, color=C_MAE, draw=1),
     ],
-    "two sizes of one box": [View(size=(16, 16)), View(size=(8, 8), interpolation="bilinear")],
+    "two sizes of one box": [Crop(size=(16, 16)), Crop(size=(8, 8), interpolation="bilinear")],
     "several crops of two sizes": [
-        View(size=(16, 16), scale=(0.4, 1.0), color=SIMSIAM),
-        View(size=(16, 16), scale=(0.4, 1.0), crop=1, color=SIMSIAM, draw=1),
-        *(View(size=(8, 8), scale=(0.05, 0.4), crop=c, color=DINO_SMALL, draw=c) for c in (2, 3)),
+        Crop(size=(16, 16), scale=(0.4, 1.0), color=SIMSIAM),
+        Crop(size=(16, 16), scale=(0.4, 1.0), box=1, color=SIMSIAM, draw=1),
+        *(Crop(size=(8, 8), scale=(0.05, 0.4), box=c, color=DINO_SMALL, draw=c) for c in (2, 3)),
     ],
 }
 STEPS = 7  # of 8 images from 24: an epoch is three
 
 
-@pytest.fixture(params=VIEWS, ids=[name.replace(" ", "_") for name in VIEWS])
-def views(request) -> list[View]:
-    return VIEWS[request.param]
+@pytest.fixture(params=CROPS, ids=[name.replace(" ", "_") for name in CROPS])
+def crops(request) -> list[Crop]:
+    return CROPS[request.param]
 
 
 def parts_of(batch) -> list[torch.Tensor]:
-    """All that depends on the sample: ids, keys, masks drawn from them, and every view."""
-    return [batch.ids_B, batch.keys_B, *split_patches(batch.keys_B, 16, 4), *batch.views]
+    """All that depends on the sample: ids, keys, masks drawn from them, and every crop."""
+    return [batch.ids_B, batch.seeds_B, *split_patches(batch.seeds_B, 16, 4), *batch.crops]
 
 
 @pytest.mark.parametrize(("world", "accumulate"), [(2, 1), (4, 1), (2, 2), (1, 4)])
-def test_ranks_cut_the_same_batches(folder, open_loader, decoder, views, world, accumulate):
+def test_ranks_cut_the_same_batches(folder, open_loader, decoder, crops, world, accumulate):
     images = find_images(folder)
-    whole = take(open_loader(images, decoder, views=views), STEPS)
-    split = {"world": world, "accumulate": accumulate, "views": views}
+    whole = take(open_loader(images, decoder, crops=crops), STEPS)
+    split = {"world": world, "accumulate": accumulate, "crops": crops}
     ranks = [take(open_loader(images, decoder, rank=r, **split), STEPS * accumulate) for r in range(world)]
     for step, expected in enumerate(whole):
         pieces = [ranks[r][step * accumulate + a] for a in range(accumulate) for r in range(world)]
@@ -53,22 +53,22 @@ def test_ranks_cut_the_same_batches(folder, open_loader, decoder, views, world, 
             assert torch.equal(torch.cat(column), part)
 
 
-def test_a_start_at_any_step_continues_the_run(folder, open_loader, decoder, views):
+def test_a_start_at_any_step_continues_the_run(folder, open_loader, decoder, crops):
     images = find_images(folder)
-    run = take(open_loader(images, decoder, views=views), STEPS)
+    run = take(open_loader(images, decoder, crops=crops), STEPS)
     assert [batch.epoch for batch in run] == [0] * 3 + [1] * 3 + [2]
     for start in range(1, STEPS):
-        assert_same(take(open_loader(images, decoder, views=views, start_step=start), 1), run[start:][:1])
+        assert_same(take(open_loader(images, decoder, crops=crops, start_step=start), 1), run[start:][:1])
 
 
 def test_a_run_of_four_ranks_goes_on_with_two_and_with_one(folder, open_loader, decoder):
     """What the data owe a changed number of ranks; checkpoints hold shards, so the engine refuses it."""
-    images, views = find_images(folder), VIEWS["several crops of two sizes"]
-    whole = take(open_loader(images, decoder, views=views), 6)
+    images, crops = find_images(folder), CROPS["several crops of two sizes"]
+    whole = take(open_loader(images, decoder, crops=crops), 6)
     start, seen = 0, []
     for world, steps in ((4, 2), (2, 1), (1, 2), (4, 1)):
         ranks = [
-            take(open_loader(images, decoder, views=views, world=world, rank=r, start_step=start), steps)
+            take(open_loader(images, decoder, crops=crops, world=world, rank=r, start_step=start), steps)
             for r in range(world)
         ]
         for step in range(steps):

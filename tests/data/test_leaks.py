@@ -97,10 +97,10 @@ ENDLESS = """
 import sys, tempfile, torch
 from pathlib import Path
 from fastmim.data import DataConfig, Loader, SampleOrder, find_images
-from fastmim.views import View
+from fastmim.views import Crop
 images = find_images(Path(sys.argv[1]))
 loader = Loader(
-    images, [View(size=(16, 16))], SampleOrder(len(images), 8), channels=3, seed=0,
+    images, [Crop(size=(16, 16))], SampleOrder(len(images), 8), channels=3, seed=0,
     config=DataConfig(decoder=sys.argv[2], threads=2), device=torch.device("cpu"),
     bad_samples=Path(tempfile.mkdtemp()) / "bad.jsonl",
 )

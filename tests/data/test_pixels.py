@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from fastmim.data import MemoryImages
-from fastmim.data.centre import centre_crops
+from fastmim.data.center import center_crops
 from fastmim.data.decoder import Request, make_decoder
 from fastmim.data.draws import Draws
 from fastmim.data.header import BadImage, image_size
@@ -20,7 +20,7 @@ from fastmim.data.pixels import decode, for_dali
 from fastmim.data.source import find_images
 from fastmim.data.stats import stats
 from fastmim.data.verify import verify
-from fastmim.views import View
+from fastmim.views import Crop
 
 from . import encoders
 from .conftest import encode, take
@@ -37,7 +37,7 @@ def ramp(maxval: int, bands: int, seed: int = 0) -> np.ndarray:
 
 
 def levels(values: np.ndarray, maxval: int) -> np.ndarray:
-    """The rule, in rational numbers: nearest, halves up. Grey in three channels."""
+    """The rule, in rational numbers: nearest, halves up. Gray in three channels."""
     colors = np.floor(values.astype(np.float64) * 255 / maxval + 0.5).astype(np.uint8)
     return np.repeat(colors, 3, axis=2) if colors.shape[2] == 1 else colors
 
@@ -62,7 +62,7 @@ def jp2(values: np.ndarray, bits: int, signed: bool = False) -> bytes:
 
 
 def of_alpha(values: np.ndarray, maxval: int) -> np.ndarray:
-    """Premultiplied colours divided by their alpha."""
+    """Premultiplied colors divided by their alpha."""
     colors, alpha = values[:, :, :-1] / np.maximum(values[:, :, -1:], 1), values[:, :, -1:]
     straight = np.minimum(np.floor(colors * maxval + 0.5), maxval) * (alpha > 0)
     return levels(straight, maxval)
@@ -79,7 +79,7 @@ INK = ramp(1, 1)[:, :, 0]
 G1, G2, G4, G8, G12, G16 = (ramp(2**bits - 1, 1) for bits in (1, 2, 4, 8, 12, 16))
 RGB8, RGB16, RGBA8, RGBA16 = ramp(255, 3), ramp(65535, 3), ramp(255, 4), ramp(65535, 4)
 GA8, GA16, P4 = ramp(255, 2), ramp(65535, 2), ramp(15, 1)
-PRE8, PRE16, PRE_GREY = premultiplied(255, 4), premultiplied(65535, 4), premultiplied(255, 2)
+PRE8, PRE16, PRE_GRAY = premultiplied(255, 4), premultiplied(65535, 4), premultiplied(255, 2)
 CMYK8 = ramp(255, 4)
 BITS_565 = np.concatenate([ramp(31, 1), ramp(63, 1, 1), ramp(31, 1, 2)], 2)
 CMYK_RGB = np.floor((255 - CMYK8[:, :, :3]) * (255 - CMYK8[:, :, 3:]) / 255 + 0.5).astype(np.uint8)
@@ -96,20 +96,20 @@ TABLE = {
     "PPM 255, text": (encoders.netpbm(RGB8, 255, text=True), RGB8),
     "PPM 65535": (encoders.netpbm(RGB16, 65535), levels(RGB16, 65535)),
     "PAM, RGB and alpha": (encoders.pam(RGBA8, 255, "RGB_ALPHA"), RGBA8[:, :, :3]),
-    "PAM, grey and alpha": (encoders.pam(GA16, 65535, "GRAYSCALE_ALPHA"), levels(GA16[:, :, :1], 65535)),
+    "PAM, gray and alpha": (encoders.pam(GA16, 65535, "GRAYSCALE_ALPHA"), levels(GA16[:, :, :1], 65535)),
     "PAM, bilevel": (encoders.pam(G1, 1, "BLACKANDWHITE"), levels(G1, 1)),
-    "PNG, grey 1": (encoders.png(G1, 1, 0), levels(G1, 1)),
-    "PNG, grey 2": (encoders.png(G2, 2, 0), levels(G2, 3)),
-    "PNG, grey 4": (encoders.png(G4, 4, 0), levels(G4, 15)),
-    "PNG, grey 8": (encoders.png(G8, 8, 0), levels(G8, 255)),
-    "PNG, grey 16": (encoders.png(G16, 16, 0), levels(G16, 65535)),
+    "PNG, gray 1": (encoders.png(G1, 1, 0), levels(G1, 1)),
+    "PNG, gray 2": (encoders.png(G2, 2, 0), levels(G2, 3)),
+    "PNG, gray 4": (encoders.png(G4, 4, 0), levels(G4, 15)),
+    "PNG, gray 8": (encoders.png(G8, 8, 0), levels(G8, 255)),
+    "PNG, gray 16": (encoders.png(G16, 16, 0), levels(G16, 65535)),
     "PNG, RGB 8": (encoders.png(RGB8, 8, 2), RGB8),
     "PNG, RGB 16": (encoders.png(RGB16, 16, 2), levels(RGB16, 65535)),
     "PNG, palette": (encoders.png(P4, 4, 3, before=PLTE), PALETTE[P4[:, :, 0]]),
     "PNG, palette, transparent": (encoders.png(P4, 4, 3, before=PLTE + TRNS), PALETTE[P4[:, :, 0]]),
     "PNG, transparent black": (encoders.png(G8, 8, 0, before=CLEAR), levels(G8, 255)),
-    "PNG, grey and alpha 8": (encoders.png(GA8, 8, 4), levels(GA8[:, :, :1], 255)),
-    "PNG, grey and alpha 16": (encoders.png(GA16, 16, 4), levels(GA16[:, :, :1], 65535)),
+    "PNG, gray and alpha 8": (encoders.png(GA8, 8, 4), levels(GA8[:, :, :1], 255)),
+    "PNG, gray and alpha 16": (encoders.png(GA16, 16, 4), levels(GA16[:, :, :1], 65535)),
     "PNG, RGB and alpha 8": (encoders.png(RGBA8, 8, 6), RGBA8[:, :, :3]),
     "PNG, RGB and alpha 16": (encoders.png(RGBA16, 16, 6), levels(RGBA16[:, :, :3], 65535)),
     "TIFF, RGB 8": (encoders.tiff(RGB8, 8, 2), RGB8),
@@ -118,7 +118,7 @@ TABLE = {
     "TIFF, RGB and something": (encoders.tiff(RGBA8, 8, 2, extra=(0,)), RGBA8[:, :, :3]),
     "TIFF, premultiplied": (encoders.tiff(PRE8, 8, 2, extra=(1,)), of_alpha(PRE8, 255)),
     "TIFF, premultiplied 16": (encoders.tiff(PRE16, 16, 2, extra=(1,)), of_alpha(PRE16, 65535)),
-    "TIFF, premultiplied grey": (encoders.tiff(PRE_GREY, 8, 1, extra=(1,)), of_alpha(PRE_GREY, 255)),
+    "TIFF, premultiplied gray": (encoders.tiff(PRE_GRAY, 8, 1, extra=(1,)), of_alpha(PRE_GRAY, 255)),
     "TIFF, CMYK": (encoders.tiff(CMYK8, 8, 5), CMYK_RGB),
     "TIFF, palette": (encoders.tiff(P4, 4, 3, tags=MAP16), PALETTE[P4[:, :, 0]]),
     "BMP 24": (encoders.bmp(RGB8, 24), RGB8),
@@ -136,13 +136,13 @@ for maxval in (1, 2, 100, 127, 254, 256, 1000, 1023, 4095, 32767):
 TABLE["PPM 1023, text"] = encoders.netpbm(ramp(1023, 3), 1023, text=True), levels(ramp(1023, 3), 1023)
 TABLE["PPM 100"] = encoders.netpbm(ramp(100, 3), 100), levels(ramp(100, 3), 100)
 for bits in (1, 2, 4, 8, 12, 16):
-    grey, top = ramp(2**bits - 1, 1), 2**bits - 1
+    gray, top = ramp(2**bits - 1, 1), 2**bits - 1
     for order in "<>":
         end = "little" if order == "<" else "big"
-        TABLE[f"TIFF, grey {bits}, {end}"] = encoders.tiff(grey, bits, 1, order=order), levels(grey, top)
+        TABLE[f"TIFF, gray {bits}, {end}"] = encoders.tiff(gray, bits, 1, order=order), levels(gray, top)
         TABLE[f"TIFF, white is zero {bits}, {end}"] = (
-            encoders.tiff(grey, bits, 0, order=order),
-            levels(top - grey, top),
+            encoders.tiff(gray, bits, 0, order=order),
+            levels(top - gray, top),
         )
 for bits, bands in ((8, 1), (8, 3), (16, 1), (16, 3)):
     top = 2**bits - 1
@@ -161,7 +161,7 @@ for order in "<>":
             encoders.tiff(RGBA16, 16, 2, extra=(2,), **options),
             levels(RGBA16[:, :, :3], 65535),
         )
-        TABLE[f"TIFF, grey 16, {name}"] = encoders.tiff(G16, 16, 1, **options), levels(G16, 65535)
+        TABLE[f"TIFF, gray 16, {name}"] = encoders.tiff(G16, 16, 1, **options), levels(G16, 65535)
 for orientation in range(1, 9):
     tags = {274: (orientation,)}
     TABLE[f"TIFF, orientation {orientation}"] = encoders.tiff(RGB8, 8, 2, tags=tags), RGB8
@@ -171,10 +171,10 @@ for orientation in range(1, 9):
     )
 for bits in (1, 2, 3, 4, 5, 7, 8, 9, 10, 12, 14, 16):
     for signed in (False, True):
-        grey = ramp(2**bits - 1, 1)
-        TABLE[f"JPEG 2000, grey {bits}{', signed' * signed}"] = (
-            jp2(grey, bits, signed),
-            levels(grey, 2**bits - 1),
+        gray = ramp(2**bits - 1, 1)
+        TABLE[f"JPEG 2000, gray {bits}{', signed' * signed}"] = (
+            jp2(gray, bits, signed),
+            levels(gray, 2**bits - 1),
         )
 for bits in (3, 5, 7):
     TABLE[f"JPEG 2000, RGB {bits}"] = (
@@ -193,10 +193,10 @@ def assert_shows(found: np.ndarray, name: str, shown: np.ndarray) -> None:
 @pytest.mark.parametrize("whole", [True, False])
 def test_decoders(decoder, whole):
     """All files at once, whole and by a box of each."""
-    views = [] if whole else [View(size=(H - 3, W - 4))]
+    crops = [] if whole else [Crop(size=(H - 3, W - 4))]
     boxes = np.array([[2, 3, H - 3, W - 4]] * len(DATA), np.int32)
     draws = Draws({}, {}, {}, {}) if whole else Draws({0: boxes}, {0: np.zeros(len(DATA), bool)}, {}, {})
-    busy = make_decoder(decoder, views, batch=len(DATA), channels=3, threads=2, depth=1, device=CPU)
+    busy = make_decoder(decoder, crops, batch=len(DATA), channels=3, threads=2, depth=1, device=CPU)
     busy.submit(Request(DATA, draws))
     images = busy.decoded()[0] if whole else busy.result()[0]
     busy.close()
@@ -206,20 +206,20 @@ def test_decoders(decoder, whole):
 
 
 def test_cache_and_loader(decoder, open_loader):
-    """A view as large as the picture, cut by training's law with and without the cache."""
+    """A crop as large as the picture, cut by training's law with and without the cache."""
     images = MemoryImages(DATA)
     batches = {
         cache: take(open_loader(images, decoder, batch=len(DATA), cache=cache), 1)[0]
         for cache in ("none", "ram", "device")
     }
-    assert torch.equal(batches["none"].views[0], batches["ram"].views[0])
-    assert torch.equal(batches["none"].views[0], batches["device"].views[0])
+    assert torch.equal(batches["none"].crops[0], batches["ram"].crops[0])
+    assert torch.equal(batches["none"].crops[0], batches["device"].crops[0])
 
 
 def test_evaluation_features_see_them():
     """Crops of the whole picture; one 12 pixels high is 12 x 20 as it is."""
     images = MemoryImages(DATA)
-    [(crops, _)] = list(centre_crops(images, (H, H), fraction=1.0, batch=len(DATA)))
+    [(crops, _)] = list(center_crops(images, (H, H), fraction=1.0, batch=len(DATA)))
     left = round((W - H) / 2)
     for (name, (_, shown)), crop in zip(TABLE.items(), crops.numpy(), strict=True):
         assert_shows(crop, name, shown[:, left : left + H])
@@ -262,7 +262,7 @@ def test_pack_resizes_what_is_shown(packed):
         assert np.abs(small - wanted).max() <= (3 if lossy else 1), name
 
 
-def test_pack_keeps_16_bits_of_grey(tmp_path):
+def test_pack_keeps_16_bits_of_gray(tmp_path):
     """A slope halved is the mean of each two by two pixels."""
     smooth = np.linspace(7000, 58000, H * W).reshape(H, W, 1).astype(np.int64)
     files = [encoders.tiff(smooth, 16, 1, order=order) for order in "<>"]
@@ -282,17 +282,17 @@ def test_verify_finds_all_of_them_good(decoder):
 
 
 REFUSED = {
-    "floats": (encoders.tiff(ramp(1, 1), 32, 1, signed=None), "floating-point numbers is not decoded; grey"),
-    "32 bits": (encoders.tiff(ramp(1, 1), 16, 1, tags={258: (32,)}), "TIFF of 32-bit grey is not"),
-    "10 bits": (encoders.tiff(ramp(1023, 1), 10, 1), "TIFF of 10-bit grey is not"),
+    "floats": (encoders.tiff(ramp(1, 1), 32, 1, signed=None), "floating-point numbers is not decoded; gray"),
+    "32 bits": (encoders.tiff(ramp(1, 1), 16, 1, tags={258: (32,)}), "TIFF of 32-bit gray is not"),
+    "10 bits": (encoders.tiff(ramp(1023, 1), 10, 1), "TIFF of 10-bit gray is not"),
     "CIELAB": (encoders.tiff(RGB8, 8, 8), "TIFF of CIELAB is not"),
-    "five bands": (encoders.tiff(ramp(255, 5), 8, 1, extra=(0,) * 4), "TIFF of 5 bands of 8-bit grey is not"),
+    "five bands": (encoders.tiff(ramp(255, 5), 8, 1, extra=(0,) * 4), "TIFF of 5 bands of 8-bit gray is not"),
     "12-bit JPEG": (
         encode(0).replace(b"\xff\xc0\0\x11\x08", b"\xff\xc1\0\x11\x0c"),
         "12-bit JPEG is not decoded; 8-bit is",
     ),
-    "grey and alpha of 16 bits": (encoders.tiff(GA16, 16, 1, extra=(2,)), "TIFF of 2 bands of 16-bit grey"),
-    "grey and what?": (encoders.tiff(GA8, 8, 1), "2 bands of 8-bit grey with such extra samples is not"),
+    "gray and alpha of 16 bits": (encoders.tiff(GA16, 16, 1, extra=(2,)), "TIFF of 2 bands of 16-bit gray"),
+    "gray and what?": (encoders.tiff(GA8, 8, 1), "2 bands of 8-bit gray with such extra samples is not"),
     "GIF": (encode(0, fmt="GIF"), "GIF format is not decoded; JPEG, PNG"),
     "PFM": (b"Pf\n1 1\n-1.0\n\0\0\0\0", "floating-point numbers.* is not decoded"),
     "maxval": (encoders.netpbm(ramp(4095, 1), 1000), "where maxval is 1000"),
@@ -316,7 +316,7 @@ def test_the_same_are_refused_by_the_same_reason_everywhere(decoder):
 
 
 def test_training_refuses_what_verify_names(decoder, open_loader, tmp_path):
-    """The same files for the same reasons, as the views of a run find them and as the cache does."""
+    """The same files for the same reasons, as the crops of a run find them and as the cache does."""
     data = [*DATA, *(data for data, _ in REFUSED.values()), encode(2), encode(2)[:-90], encode(3)]
     images = MemoryImages(data)
     named = {i: reason for i, reason in verify(images, 2, decoder, CPU) if reason}
@@ -400,7 +400,7 @@ def test_fax_of_libtiff_is_ink_on_paper():
 
 
 def test_adobes_inverted_inks(decoder):
-    """A flat colour, which JPEG keeps to a level: 20 % cyan, 60 % magenta, nothing else."""
+    """A flat color, which JPEG keeps to a level: 20 % cyan, 60 % magenta, nothing else."""
     file = BytesIO()
     Image.new("CMYK", (32, 24), (51, 153, 0, 0)).save(file, "JPEG", quality=100)
     data = file.getvalue()
@@ -440,7 +440,7 @@ def test_the_orientation_of_a_png_with_long_text_is_kept(tmp_path):
 
 def test_what_is_left_to_dali():
     """Speed is there; all else is read by the rule of one module."""
-    plain = {"PNG, grey 8": 1, "PNG, RGB 8": 3, "PNG, transparent black": 1}
+    plain = {"PNG, gray 8": 1, "PNG, RGB 8": 3, "PNG, transparent black": 1}
     for name, (data, _) in TABLE.items():
         for channels in (1, 3):
             assert (for_dali(data, channels) is not None) == (plain.get(name) == channels), name

@@ -1,4 +1,4 @@
-"""The sample set: whole after a kill, a race and a loss; its classes told by shape and not by colour."""
+"""The sample set: whole after a kill, a race and a loss; its classes told by shape and not by color."""
 
 import hashlib
 import io
@@ -210,9 +210,9 @@ def nearest_mean_accuracy(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_te
 
 
 def gradient_histograms(x: np.ndarray) -> np.ndarray:
-    """HOG: 8 x 8 cells, 9 unsigned directions, each image's cells normalised. `[M, H, W, 3] -> [M, 576]`."""
-    grey = x.mean(-1)
-    dy, dx = np.gradient(grey, axis=(1, 2))
+    """HOG: 8 x 8 cells, 9 unsigned directions, each image's cells normalized. `[M, H, W, 3] -> [M, 576]`."""
+    gray = x.mean(-1)
+    dy, dx = np.gradient(gray, axis=(1, 2))
     bins = (np.arctan2(dy, dx) % np.pi * (9 / np.pi)).astype(int) % 9
     length = np.sqrt(np.hypot(dx, dy))
     votes = np.stack([np.where(bins == k, length, 0) for k in range(9)], -1)
@@ -221,7 +221,7 @@ def gradient_histograms(x: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.long  # the whole set is drawn for it
-def test_mean_colour_does_not_tell_the_class(images):
+def test_mean_color_does_not_tell_the_class(images):
     x, y, x_test, y_test = (f for s in COUNTS for f in (images[s][0].mean((1, 2)), images[s][1]))
     assert nearest_mean_accuracy(x, y, x_test, y_test) < 0.125  # chance is 0.083
     assert (

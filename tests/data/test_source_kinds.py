@@ -361,12 +361,12 @@ def test_an_array_reaches_the_loader_pixel_by_pixel(shape, open_loader, decoder)
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     images = MemoryImages(pixels, labels=[0, 1, 1, 0, 2])
     assert images.labels.tolist() == [0, 1, 1, 0, 2] and images.classes == ("0", "1", "2")
-    from fastmim.views import View
+    from fastmim.views import Crop
 
     channels = 3 if shape[-1] == 3 else 1
-    views = [View(size=(7, 9), scale=(1.0, 1.0), ratio=(9 / 7, 9 / 7), flip=0.0)]
-    for batch in take(open_loader(images, decoder, batch=5, views=views, channels=channels), 1):
-        got = batch.views[0].reshape(5, 7, 9, -1).numpy()
+    crops = [Crop(size=(7, 9), scale=(1.0, 1.0), ratio=(9 / 7, 9 / 7), flip=0.0)]
+    for batch in take(open_loader(images, decoder, batch=5, crops=crops, channels=channels), 1):
+        got = batch.crops[0].reshape(5, 7, 9, -1).numpy()
         assert np.array_equal(got, pixels.reshape(5, 7, 9, -1)[batch.ids_B.numpy()])
 
 

@@ -15,7 +15,7 @@ from tests.engine.forked import main, on_ranks
 def travel(_: Path) -> list:
     def work(ranks: Ranks):
         ranks.barrier()
-        gathered = ranks.gather({"rank": ranks.rank, "text": "x" * (1 + 5000 * ranks.rank)})
+        gathered = ranks.gather_objects({"rank": ranks.rank, "text": "x" * (1 + 5000 * ranks.rank)})
         told = ranks.broadcast(("from", ranks.rank))
         of_main = ranks.from_main(lambda: f"by {ranks.rank}", "asking")
         own_group = ranks._gloo is not dist.group.WORLD and dist.get_backend(ranks._gloo) == "gloo"
@@ -28,7 +28,7 @@ def travel(_: Path) -> list:
 def rows(_: Path) -> list:
     def work(ranks: Ranks):
         x = (torch.arange(6.0).view(3, 2) + 100 * ranks.rank).requires_grad_()
-        gathered = ranks.gather_rows(x.T)  # strided
+        gathered = ranks.gather(x.T)  # strided
         return gathered.tolist(), gathered.requires_grad
 
     return on_ranks(4, work)

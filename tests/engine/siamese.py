@@ -9,7 +9,7 @@ from torch import nn
 
 from fastmim.methods.base import Method, MethodConfig, Output
 from fastmim.models.vit import Encoder
-from fastmim.views import View
+from fastmim.views import Crop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class SiameseEncoder(Encoder):
 class Siamese(Method):
     def __init__(self, model):
         super().__init__()
-        self.views = (View(size=(16, 16), crop=0), View(size=(8, 8), crop=1, scale=(0.05, 0.3)))
+        self.crops = (Crop(size=(16, 16), box=0), Crop(size=(8, 8), box=1, scale=(0.05, 0.3)))
         self.encoder, self.teacher = SiameseEncoder(model), SiameseEncoder(model)
         self.head, self.teacher_head = (nn.Linear(model.width, 5) for _ in range(2))
         self.norm_of_head = nn.BatchNorm1d(5, affine=False)
@@ -46,7 +46,7 @@ class Siamese(Method):
         self.asked, self.progress = [], []
 
     def forward(self, batch):
-        large, small = batch.views
+        large, small = batch.crops
         assert large.shape[1:] == (16, 16, 3)
         assert small.shape[1:] == (8, 8, 3)
         everything = torch.arange(16).expand(len(large), 16)
@@ -54,7 +54,7 @@ class Siamese(Method):
             target = self.teacher_head(self.teacher(large, everything)[:, 0]).float()
         token = self.encoder(large, everything[:, :4])[:, 0]
         online = self.head(token).float()
-        assert self.peers.gather_rows(online).shape[0] == self.peers.world * len(online)
+        assert self.ranks.gather(online).shape[0] == self.ranks.world * len(online)
         loss = (online - target - 0.3).square().mean() + token.float().square().mean()
         self.norm_of_head(online.detach())
         return Output(loss, {"target": target.mean()})

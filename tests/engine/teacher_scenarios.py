@@ -163,7 +163,7 @@ def train(case: Case, ranks: Ranks) -> dict:
     torch.manual_seed(0)
     run, plan = run_of(case), plan_of(case, ranks.world)
     method = run.method.build(run.model)
-    method.peers = ranks
+    method.ranks = ranks
     engine = door.wrap(method, run, plan)
     teacher = module.Teacher(engine, ranks)
     start = {name: x.clone() for name, x in door.whole_state(engine, teacher.values()).items()}

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from fastmim import cli
-from fastmim.engine.evaluate import evaluate, labelled_features, load_encoder
+from fastmim.engine.evaluate import evaluate, labeled_features, load_encoder
 from fastmim.evals.knn import knn
 from fastmim.interop.mae import encoder_metadata
 from fastmim.models.vit import Encoder, ViTConfig
@@ -25,7 +25,7 @@ def run_dir(tmp_path):
     return tmp_path / "run"
 
 
-def labelled(folder, count, seed):
+def labeled(folder, count, seed):
     """Two classes that differ in how bright they are."""
     for i in range(count):
         path = folder / ("dark", "light")[i % 2] / f"{i:03d}.png"
@@ -35,24 +35,24 @@ def labelled(folder, count, seed):
 
 
 def test_features_are_those_of_the_encoder_it_was(run_dir, tmp_path):
-    folder = labelled(tmp_path / "set", 6, 0)
+    folder = labeled(tmp_path / "set", 6, 0)
     encoder = load_encoder(run_dir)
     assert encoder.config.size == MODEL.size and encoder.config.pixel_mean == MODEL.pixel_mean
-    found, labels, classes = labelled_features(encoder, folder, device=CPU, threads=1)
+    found, labels, classes = labeled_features(encoder, folder, device=CPU, threads=1)
     assert classes == ("dark", "light") and labels.tolist() == [0, 0, 0, 1, 1, 1]
-    some, few, _ = labelled_features(encoder, folder, most=4, device=CPU, threads=1)
+    some, few, _ = labeled_features(encoder, folder, most=4, device=CPU, threads=1)
     assert few.tolist() == [0, 0, 1, 1] and torch.equal(some["cls"], found["cls"][[0, 1, 3, 4]])
     torch.manual_seed(0)
     from fastmim.data import find_images
-    from fastmim.data.centre import centre_crops
+    from fastmim.data.center import center_crops
 
-    [(pixels, _)] = centre_crops(find_images(folder), (16, 24))
+    [(pixels, _)] = center_crops(find_images(folder), (16, 24))
     z = Encoder(MODEL)(pixels, torch.arange(24).expand(6, 24))
     assert torch.equal(found["cls"], z[:, 0]) and torch.equal(found["mean"], z[:, 1:].mean(1))
 
 
 def test_the_command_prints_what_the_probe_says(run_dir, tmp_path, capsys, monkeypatch):
-    train, test = labelled(tmp_path / "train", 40, 0), labelled(tmp_path / "test", 20, 100)
+    train, test = labeled(tmp_path / "train", 40, 0), labeled(tmp_path / "test", 20, 100)
     (test / "dark" / "x.heic").write_bytes(b"")
     monkeypatch.setattr(
         sys, "argv", ["fastmim", "knn", str(run_dir), "--train", str(train), "--test", str(test)]
@@ -62,8 +62,8 @@ def test_the_command_prints_what_the_probe_says(run_dir, tmp_path, capsys, monke
     assert said.err == f"left out of {test}: 1 file that is no image by its name (.heic 1)\n"
     lines = dict(line.strip().split("  ") for line in said.out.splitlines())
     encoder = load_encoder(run_dir)
-    known, y, _ = labelled_features(encoder, train, device=CPU, threads=1)
-    asked, t, _ = labelled_features(encoder, test, device=CPU, threads=1)
+    known, y, _ = labeled_features(encoder, train, device=CPU, threads=1)
+    asked, t, _ = labeled_features(encoder, test, device=CPU, threads=1)
     for feature in ("cls", "mean"):
         for name, value in knn(known[feature], y, asked[feature], t):
             assert lines[f"{feature}/{name}"] == f"{100 * value:.2f} %"
@@ -76,7 +76,7 @@ def test_what_cannot_be_read_is_said(run_dir, tmp_path, capsys, monkeypatch):
     flat = tmp_path / "flat"
     flat.mkdir()
     (flat / "a.png").write_bytes(encode(0, fmt="PNG"))
-    train, test = labelled(tmp_path / "train", 4, 0), labelled(tmp_path / "test", 4, 100)
+    train, test = labeled(tmp_path / "train", 4, 0), labeled(tmp_path / "test", 4, 100)
     (tmp_path / "other" / "cat").mkdir(parents=True)
     (tmp_path / "other" / "cat" / "a.png").write_bytes(encode(0, fmt="PNG"))
     broken = tmp_path / "broken.safetensors"

@@ -1,4 +1,4 @@
-"""The pictures: real pixels come back exactly, hidden patches are grey, and the loss is read as written."""
+"""The pictures: real pixels come back exactly, hidden patches are gray, and the loss is read as written."""
 
 import json
 
@@ -68,7 +68,7 @@ def test_the_truth_as_prediction_gives_the_image_back(height, width, channels, p
 
 
 @pytest.mark.parametrize(("height", "width", "channels", "patch"), CASES)
-def test_hidden_patches_are_grey_and_visible_ones_pasted(height, width, channels, patch):
+def test_hidden_patches_are_gray_and_visible_ones_pasted(height, width, channels, patch):
     image, seen, pred = make(height, width, channels, patch, False)
     wild = torch.where(torch.arange(pred.shape[-1]) % 2 == 0, 99.0, -99.0).expand_as(pred)  # clamped
     grid = reconstruction_grid(image, seen, wild, patch, *STATISTICS[channels], norm_pix=False)
@@ -168,7 +168,7 @@ def drawn(path) -> np.ndarray:
     return np.asarray(Image.open(path).convert("RGB")).astype(int)
 
 
-def has_colour(pixels: np.ndarray, rgb: tuple[int, int, int]) -> bool:
+def has_color(pixels: np.ndarray, rgb: tuple[int, int, int]) -> bool:
     return bool((np.abs(pixels - rgb).sum(-1) < 12).sum() > 40)
 
 
@@ -184,22 +184,22 @@ def test_the_picture_has_loss_parts_and_rate(tmp_path):
     write(tmp_path / "metrics.jsonl", rows)
     draw_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
     pixels = drawn(tmp_path / "loss.png")
-    assert all(has_colour(pixels, c) for c in (blue, orange, green))
-    assert not has_colour(pixels, red)  # images_per_s and the like are no parts of the loss
+    assert all(has_color(pixels, c) for c in (blue, orange, green))
+    assert not has_color(pixels, red)  # images_per_s and the like are no parts of the loss
 
     write(tmp_path / "plain.jsonl", [{k: r[k] for k in ("step", "epoch", "loss", "lr")} for r in rows])
     draw_loss(tmp_path / "plain.jsonl", tmp_path / "plain.png")
     pixels = drawn(tmp_path / "plain.png")
-    assert has_colour(pixels, blue)
-    assert not has_colour(pixels, orange)
+    assert has_color(pixels, blue)
+    assert not has_color(pixels, orange)
 
 
 def test_one_row_is_a_point(tmp_path):
     write(tmp_path / "metrics.jsonl", [row(7, 0.6)])
     draw_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
     pixels = drawn(tmp_path / "loss.png")
-    centre = pixels[:, pixels.shape[1] // 4 : -pixels.shape[1] // 4]  # left of the legend's own marker
-    assert has_colour(centre, (31, 119, 180))
+    center = pixels[:, pixels.shape[1] // 4 : -pixels.shape[1] // 4]  # left of the legend's own marker
+    assert has_color(center, (31, 119, 180))
 
 
 def test_only_nan_is_drawn_and_nothing_is_refused(tmp_path):

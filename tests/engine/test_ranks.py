@@ -22,7 +22,7 @@ def test_one_process_needs_no_process_group(monkeypatch):
     assert ranks == Ranks.single() == Ranks(rank=0, world=1, local_rank=0)
     ranks.barrier()
     assert ranks.is_main
-    assert ranks.gather({"a": 1}) == [{"a": 1}]
+    assert ranks.gather_objects({"a": 1}) == [{"a": 1}]
     assert ranks.broadcast("x") == "x"
     assert ranks.all_succeed(lambda: 7, "counting") == 7
     assert ranks.from_main(lambda: 8, "counting") == 8

@@ -1,4 +1,4 @@
-"""Nearest neighbours and ridge regression against plain formulas, and on features that say all or nothing."""
+"""Nearest neighbors and ridge regression against plain formulas, and on features that say all or nothing."""
 
 import math
 from collections import defaultdict
@@ -12,11 +12,11 @@ from fastmim.evals.ridge import accuracy, ridge, solve
 
 
 def blobs(count, num_classes=5, width=12, spread=0.3, seed=0):
-    """Features around one centre for each class; equal seeds of centres for training and test."""
-    centres = torch.randn(num_classes, width, generator=torch.Generator().manual_seed(9))
+    """Features around one center for each class; equal seeds of centers for training and test."""
+    centers = torch.randn(num_classes, width, generator=torch.Generator().manual_seed(9))
     rng = torch.Generator().manual_seed(seed)
     labels = torch.randint(num_classes, (count,), generator=rng)
-    return centres[labels] + spread * torch.randn(count, width, generator=rng), labels
+    return centers[labels] + spread * torch.randn(count, width, generator=rng), labels
 
 
 def plain_knn(train, labels, test, truth, k):
@@ -35,7 +35,7 @@ def test_knn_is_the_weighted_vote(monkeypatch):
     train, labels = blobs(150, spread=2.0)
     test, truth = blobs(41, spread=2.0, seed=1)
     found = dict(knn(train, labels, test, truth, (1, 10, 100, 500)))
-    assert list(found) == ["knn_1", "knn_10", "knn_100"]  # 500 neighbours there are not
+    assert list(found) == ["knn_1", "knn_10", "knn_100"]  # 500 neighbors there are not
     for k in (1, 10, 100):
         assert found[f"knn_{k}"] == pytest.approx(plain_knn(train, labels, test, truth, k))
     assert 0.3 < found["knn_10"] < 0.95
@@ -95,5 +95,5 @@ def test_shapes_that_do_not_fit_are_refused(probe):
     for arguments in [(x, y[:5], x, y), (x, y, x[:0], y[:0]), (x[0], y, x, y)]:
         with pytest.raises(ValueError, match="want features"):
             list(probe(*arguments))
-    with pytest.raises(ValueError, match="at least as many training images as neighbours, got 20"):
+    with pytest.raises(ValueError, match="at least as many training images as neighbors, got 20"):
         list(knn(x, y, x, y, (50,)))

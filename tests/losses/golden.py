@@ -23,7 +23,7 @@ STEPS = 10
 
 def losses(method_name: str) -> list[float]:
     import torch
-    from fastmim_kernels import draw_uint32, sample_keys
+    from fastmim_kernels import draw_uint32, sample_seeds
 
     from fastmim.engine.ranks import Ranks
     from fastmim.methods import METHODS
@@ -41,7 +41,7 @@ def losses(method_name: str) -> list[float]:
     small = {"decoder": DecoderConfig(width=48, depth=2, heads=3), "hidden": 128, "out": 48}
     config = replace(config, **{name: size for name, size in small.items() if hasattr(config, name)})
     method = config.build(model)
-    method.peers = Ranks.single()
+    method.ranks = Ranks.single()
     groups = parameter_groups(method.named_parameters(), weight_decay=0.05, decays=method.decays)
     optimizer = torch_adamw(groups, OptimConfig())
     found = []
@@ -49,13 +49,13 @@ def losses(method_name: str) -> list[float]:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, peak=1e-3, warmup_steps=3, total_steps=STEPS)
         ids = torch.arange(4) + 4 * step
-        keys = sample_keys(0, 0, ids)
+        keys = sample_seeds(0, 0, ids)
         views = tuple(
             draw_uint32(keys, v.size[0] * v.size[1] * 3, 200 + i)
             .view(4, *v.size, 3)
             .bitwise_and(255)
             .to(torch.uint8)
-            for i, v in enumerate(method.views)
+            for i, v in enumerate(method.crops)
         )
         loss = method(Batch(views, keys, ids, 0)).loss
         optimizer.zero_grad()

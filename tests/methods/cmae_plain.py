@@ -108,8 +108,8 @@ def token_loss(c, q: Tensor, positive: Tensor, candidates: list[Tensor]) -> Tens
 def loss_and_gradients(cmae, batch, foreign_BN: Tensor | None, dtype) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss in this precision, and its gradient by every weight that has one."""
     w = {name: x.detach().to(dtype).requires_grad_() for name, x in cmae.state_dict().items()}
-    one, two = batch.views[0], batch.views[-1]
-    seen1, seen2 = cmae.transform(batch.keys_B)
+    one, two = batch.crops[0], batch.crops[-1]
+    seen1, seen2 = cmae.transform(batch.seeds_B)
     loss = one_way(cmae, w, one, seen1, two, seen2, foreign_BN)
     if cmae.config.symmetric:
         loss = (loss + one_way(cmae, w, two, seen2, one, seen1, foreign_BN)) / 2

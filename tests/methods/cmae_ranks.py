@@ -22,10 +22,10 @@ def steps(ranks: Ranks) -> dict:
     answers = {}
     for name, changes in CHOICES.items():
         cmae, whole = make_cmae(**changes), make_pair(8)
-        cmae.peers = ranks
+        cmae.ranks = ranks
         size = 8 // ranks.world
         own = slice(ranks.rank * size, (ranks.rank + 1) * size)
-        batch = Batch(tuple(v[own] for v in whole.views), whole.keys_B[own], whole.ids_B[own], 0)
+        batch = Batch(tuple(v[own] for v in whole.crops), whole.seeds_B[own], whole.ids_B[own], 0)
         loss = cmae(batch).loss
         (loss / ranks.world).backward()
         grads = [p.grad.flatten() for p in cmae.parameters() if p.grad is not None]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fastmim_kernels import sample_keys
+from fastmim_kernels import sample_seeds
 
 from fastmim.methods.base import Method
 from fastmim.models.mae_decoder import DecoderConfig
@@ -23,7 +23,7 @@ def make_batch(size: int = 5, seed: int = 3) -> Batch:
     image = torch.randint(0, 256, (size, 16, 24, 3), generator=rng, dtype=torch.uint8)
     image[0, :8] = 128  # flat patches: variance 0
     ids = torch.arange(size)
-    return Batch((image,), sample_keys(0, 0, ids), ids, 0)
+    return Batch((image,), sample_seeds(0, 0, ids), ids, 0)
 
 
 def assert_overfits(method: Method, batch: Batch) -> None:

@@ -1,6 +1,6 @@
 """MAE from the formulas, for the tests: plain functions of a state dict, in any precision.
 
-Nothing of fastmim is used. The image is normalised whole, embedded by a convolution at every patch, and
+Nothing of fastmim is used. The image is normalized whole, embedded by a convolution at every patch, and
 attention is a softmax of a matrix. Names of weights are those of an MAE checkpoint.
 """
 
@@ -11,7 +11,7 @@ from torch import Tensor
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def normalised(image_BHWC: Tensor, dtype: torch.dtype) -> Tensor:
+def normalized(image_BHWC: Tensor, dtype: torch.dtype) -> Tensor:
     x = image_BHWC.permute(0, 3, 1, 2).to(dtype) / 255
     mean, std = (torch.tensor(v, dtype=dtype).view(1, 3, 1, 1) for v in (MEAN, STD))
     return (x - mean) / std
@@ -19,7 +19,7 @@ def normalised(image_BHWC: Tensor, dtype: torch.dtype) -> Tensor:
 
 def patch_targets(image_BHWC: Tensor, p: int, dtype: torch.dtype, *, norm_pix: bool = True) -> Tensor:
     """`[B, N, P]`: each patch row, column, channel; by its own mean and unbiased variance if `norm_pix`."""
-    x = normalised(image_BHWC, dtype)
+    x = normalized(image_BHWC, dtype)
     B, C, H, W = x.shape
     patches = [
         x[:, :, i : i + p, j : j + p].permute(0, 2, 3, 1).reshape(B, p * p * C)
@@ -35,8 +35,8 @@ def patch_targets(image_BHWC: Tensor, p: int, dtype: torch.dtype, *, norm_pix: b
 
 
 def layer_norm(x: Tensor, w: dict[str, Tensor], name: str) -> Tensor:
-    centred = x - x.mean(-1, keepdim=True)
-    unit = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    centerd = x - x.mean(-1, keepdim=True)
+    unit = centerd / (centerd.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     return unit * w[f"{name}.weight"] + w[f"{name}.bias"]
 
 
@@ -72,7 +72,7 @@ def encode(
 ) -> Tensor:
     """The visible patches of each image, in the order of their numbers, behind a class token."""
     dtype = w["cls_token"].dtype
-    x = F.conv2d(normalised(image_BHWC, dtype), w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], p)
+    x = F.conv2d(normalized(image_BHWC, dtype), w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], p)
     x = x.flatten(2).transpose(1, 2) + w["pos_embed"][:, 1:]
     B, _, D = x.shape
     cls = (w["cls_token"] + w["pos_embed"][:, :1]).expand(B, 1, D)
@@ -88,7 +88,7 @@ def encode_with_mask_tokens(
 ) -> Tensor:
     """Every patch, its embedding replaced by the mask token where it is not visible; a class token first."""
     dtype = w["cls_token"].dtype
-    x = F.conv2d(normalised(image_BHWC, dtype), w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], p)
+    x = F.conv2d(normalized(image_BHWC, dtype), w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], p)
     x = torch.where(visible_BN[..., None], x.flatten(2).transpose(1, 2), w["mask_token"])
     z = torch.cat([w["cls_token"].expand(len(x), 1, -1), x], dim=1) + w["pos_embed"]
     for i in range(count(w, "blocks")):

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fastmim_kernels import sample_keys
+from fastmim_kernels import sample_seeds
 from fastmim_kernels.testing import assert_no_worse
 
 from fastmim.engine.ranks import Ranks
@@ -62,7 +62,7 @@ def make_cmae(**changes) -> CMAE:
     """With a target branch that differs from the online one, as it does after a step."""
     torch.manual_seed(0)
     cmae = CMAEConfig(**({"hidden": 40, "out": 20} | changes)).build(MODEL)
-    cmae.peers = Ranks.single()
+    cmae.ranks = Ranks.single()
     with torch.no_grad():
         for p in [*cmae.target_encoder.parameters(), *cmae.target_projector.parameters()]:
             p.add_(0.02 * torch.randn_like(p))
@@ -72,22 +72,22 @@ def make_cmae(**changes) -> CMAE:
     return cmae
 
 
-def make_pair(size: int = 6, seed: int = 3, views: int = 2) -> Batch:
+def make_pair(size: int = 6, seed: int = 3, crops: int = 2) -> Batch:
     rng = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (views, size, 16, 24, 3), generator=rng, dtype=torch.uint8)
+    images = torch.randint(0, 256, (crops, size, 16, 24, 3), generator=rng, dtype=torch.uint8)
     ids = torch.arange(size)
-    return Batch(tuple(images), sample_keys(0, 0, ids), ids, 0)
+    return Batch(tuple(images), sample_seeds(0, 0, ids), ids, 0)
 
 
 def batch_of(cmae: CMAE, size: int = 6) -> Batch:
-    return make_pair(size, views=len(cmae.views))
+    return make_pair(size, crops=len(cmae.crops))
 
 
 @pytest.mark.parametrize("changes", CHOICES, ids=lambda c: " ".join(f"{k}={v}" for k, v in c.items()))
 def test_loss_and_gradients_equal_the_formulas(changes):
     cmae = make_cmae(**changes)
     batch = batch_of(cmae)
-    foreign = cutmix_mask(batch.keys_B, MODEL.grid) if cmae.config.cutmix else None
+    foreign = cutmix_mask(batch.seeds_B, MODEL.grid) if cmae.config.cutmix else None
     oracle, oracle_grads = loss_and_gradients(cmae, batch, foreign, torch.float64)
     naive, naive_grads = loss_and_gradients(cmae, batch, foreign, torch.float32)
     loss = cmae(batch).loss
@@ -138,12 +138,12 @@ def test_momentum():
 
 def test_one_crop_two_draws_of_colors():
     cmae = make_cmae(blur_p=0.5)
-    a, b = cmae.views
-    assert a.crop == b.crop and {a.draw, b.draw} == {0, 1}
+    a, b = cmae.crops
+    assert a.box == b.box and {a.draw, b.draw} == {0, 1}
     assert a.color == b.color == replace(C_MAE, blur=0.5)
-    (only,) = make_cmae(color=False).views
+    (only,) = make_cmae(color=False).crops
     assert only.color is None
-    assert make_cmae().views[0].color == C_MAE
+    assert make_cmae().crops[0].color == C_MAE
 
 
 def test_a_frozen_patch_embedding_stays():
@@ -153,13 +153,13 @@ def test_a_frozen_patch_embedding_stays():
 
 
 def test_views_partition_the_patches():  # Eq. 6
-    seen1, seen2 = make_cmae().transform(make_pair().keys_B)
+    seen1, seen2 = make_cmae().transform(make_pair().seeds_B)
     assert seen1.shape == (6, N // 4)
     assert torch.equal(torch.cat([seen1, seen2], 1).sort(1).values, torch.arange(N).expand(6, N))
 
 
 def test_independent_views_are_draws_of_their_own():
-    keys = sample_keys(0, 0, torch.arange(400))
+    keys = sample_seeds(0, 0, torch.arange(400))
     seen1, seen2 = make_cmae(t2="independent", mask_ratio=0.5, t2_ratio=0.5).transform(keys)
     common = (seen1[:, :, None] == seen2[:, None, :]).sum((1, 2)).float()
     assert abs(common.mean() - N / 4) < 4 * 1.25 / 400**0.5  # hypergeometric: 6, deviation 1.25
@@ -170,20 +170,20 @@ def test_independent_views_are_draws_of_their_own():
 def test_each_branch_sees_its_own_patches_of_its_own_view():
     cmae = make_cmae()
     batch = make_pair()
-    (seen1, seen2), loss = cmae.transform(batch.keys_B), cmae(batch).loss
+    (seen1, seen2), loss = cmae.transform(batch.seeds_B), cmae(batch).loss
     for view, hidden, seen in ((0, seen2, seen1), (1, seen1, seen2)):
         for index, matters in ((hidden, False), (seen, True)):
-            images = [v.clone() for v in batch.views]
+            images = [v.clone() for v in batch.crops]
             t = index[2, 0].item()
             y, x = t // MODEL.grid[1] * 4, t % MODEL.grid[1] * 4
             images[view][2, y : y + 4, x : x + 4] ^= 0x7F
-            assert (cmae(replace(batch, views=tuple(images))).loss != loss) == matters
+            assert (cmae(replace(batch, crops=tuple(images))).loss != loss) == matters
 
 
 def test_loss_does_not_depend_on_the_order_of_the_batch():
     cmae, batch = make_cmae(), make_pair()
     order = torch.tensor([3, 0, 5, 1, 4, 2])
-    shuffled = Batch(tuple(v[order] for v in batch.views), batch.keys_B[order], batch.ids_B[order], 0)
+    shuffled = Batch(tuple(v[order] for v in batch.crops), batch.seeds_B[order], batch.ids_B[order], 0)
     torch.testing.assert_close(cmae(shuffled).loss, cmae(batch).loss)
 
 
@@ -219,19 +219,19 @@ TINY = replace(MODEL, depth=1, image_size=16)
 def tiny(ema: float = 0.9, **changes) -> CMAE:
     torch.manual_seed(0)
     cmae = CMAEConfig(hidden=64, out=32, ema=ema, **changes).build(TINY)
-    cmae.peers = Ranks.single()
+    cmae.ranks = Ranks.single()
     return cmae
 
 
 def mosaics(size: int = 16) -> Iterator[Batch]:
-    """Ever new images of four colours, each view with noise of its own."""
+    """Ever new images of four colors, each view with noise of its own."""
     rng = torch.Generator().manual_seed(0)
     for step in itertools.count():
         color = torch.randint(0, 256, (size, 2, 2, 3), generator=rng)
         color = color.repeat_interleave(8, 1).repeat_interleave(8, 2)
         noise = torch.randint(-30, 30, (2, *color.shape), generator=rng)
         ids = torch.arange(size) + size * step
-        yield Batch(tuple((color + noise).clamp(0, 255).to(torch.uint8)), sample_keys(0, 0, ids), ids, 0)
+        yield Batch(tuple((color + noise).clamp(0, 255).to(torch.uint8)), sample_seeds(0, 0, ids), ids, 0)
 
 
 def test_it_can_overfit_one_batch():
@@ -272,7 +272,7 @@ def test_a_healthy_run_is_told_nothing(loss, ema):
         ({"t2": "full", "symmetric": True, "positions": "masked"}, "nothing is hidden"),
         ({"compare": "avg", "negatives": "image"}, "an image has one such token"),
         ({"loss": "byol", "loss_scale": "2tau"}, "2tau is of loss info_nce, got loss byol"),
-        ({"color": False, "blur_p": 0.5}, "blur is one of the colours"),
+        ({"color": False, "blur_p": 0.5}, "blur is one of the colors"),
         ({"cutmix": True, "compare": "patch+cls"}, "no single positive, got patch\\+cls"),
         ({"temperature": 0.0}, "method.temperature: want more than 0, got 0"),
         ({"ema": 1.0}, "method.ema: want 0 or more and less than 1, got 1"),

@@ -21,7 +21,7 @@ def make(**changes) -> CMAEHuang:
     torch.manual_seed(0)
     fields = {"decoder": DECODER, "feature_depth": 1, "hidden": 24, "out": 16} | changes
     method = CMAEHuangConfig(**fields).build(MODEL)
-    method.peers = Ranks.single()
+    method.ranks = Ranks.single()
     with torch.no_grad():  # a target that is not the student
         for p in [*method.target_encoder.parameters(), *method.target_projector.parameters()]:
             p.add_(0.05 * torch.randn_like(p)) if p.ndim > 1 else None
@@ -31,7 +31,7 @@ def make(**changes) -> CMAEHuang:
 def two_views(size: int = 6) -> Batch:
     """The target's view is another picture, so that the two cannot be taken for one another."""
     first, second = make_batch(size), make_batch(size, seed=11)
-    return dataclasses.replace(first, views=(first.views[0], second.views[0]))
+    return dataclasses.replace(first, crops=(first.crops[0], second.crops[0]))
 
 
 def plain_head(x, w):
@@ -53,8 +53,8 @@ def plain(method: CMAEHuang, batch: Batch, dtype=torch.float64):
     for name, t in state.items():
         part, _, rest = name.partition(".")
         w[part][rest] = t
-    image, other = batch.views
-    seen, _ = method.split(batch.keys_B)
+    image, other = batch.crops
+    seen, _ = method.split(batch.seeds_B)
     visible = visible_mask(seen, MODEL.num_patches)
     z = encode(image, visible, w["encoder"], MODEL.patch, MODEL.heads)
     pred = decode(z, visible, w["decoder"], DECODER.heads)
@@ -123,18 +123,18 @@ def test_the_target_branch_gets_no_gradient_and_is_what_is_averaged():
 
 def test_what_the_target_sees_does_not_alter_the_pixel_loss():
     method, batch = make(), two_views()
-    changed = dataclasses.replace(batch, views=(batch.views[0], make_batch(6, seed=12).views[0]))
+    changed = dataclasses.replace(batch, crops=(batch.crops[0], make_batch(6, seed=12).crops[0]))
     before, after = method(batch).metrics, method(changed).metrics
     assert torch.equal(before["pixels"], after["pixels"])
     assert before["contrast"] != after["contrast"]
 
 
 def test_the_views_are_two_windows_of_one_master():
-    online, target = CMAEHuangConfig().build(dataclasses.replace(VITS["vit_tiny"], depth=1)).views
+    online, target = CMAEHuangConfig().build(dataclasses.replace(VITS["vit_tiny"], depth=1)).crops
     assert online.size == target.size == (224, 224) and online.master == target.master == (256, 256)
-    assert (online.shift, target.shift) == (0, 31) and online.crop == target.crop
+    assert (online.shift, target.shift) == (0, 31) and online.box == target.box
     assert online.color is None and target.color == SIMSIAM
-    still, unmoved = make(shift=0, color=False).views
+    still, unmoved = make(shift=0, color=False).crops
     assert still == unmoved and still.master == still.size
 
 
@@ -144,14 +144,14 @@ def test_sizes_are_the_published_ones():
     assert [tuple(p.shape) for p in method.predictor.parameters()] == [
         (1536, 256), (1536,), (1536,), (1536,), (256, 1536)
     ]  # fmt: skip
-    seen, hidden = method.split(make_batch(3).keys_B)
+    seen, hidden = method.split(make_batch(3).seeds_B)
     assert seen.shape == (3, 68) and hidden.shape == (3, 128)
     cells = torch.zeros(3, 196).scatter_(1, hidden, 1.0).view(3, 7, 2, 7, 2)
     assert torch.equal(cells.amin((2, 4)), cells.amax((2, 4)))  # no cell is half hidden
     paper = CMAEHuangConfig(mask="uniform", mask_ratio=0.75).build(
         dataclasses.replace(VITS["vit_tiny"], depth=1)
     )
-    assert paper.split(make_batch(3).keys_B)[0].shape == (3, 49)
+    assert paper.split(make_batch(3).seeds_B)[0].shape == (3, 49)
 
 
 def test_what_decays_is_what_the_code_lets_decay():
@@ -168,7 +168,7 @@ def test_the_loss_starts_near_chance_and_says_so():
     method = CMAEHuangConfig(decoder=DECODER, feature_depth=1, hidden=64, out=256, temperature=5.0).build(
         model
     )
-    method.peers = Ranks.single()
+    method.ranks = Ranks.single()
     metrics = method(two_views(32)).metrics
     scale = 2 * 5.0
     assert metrics["loss_chance"] == pytest.approx(scale * math.log(32))
@@ -179,7 +179,7 @@ def test_the_loss_starts_near_chance_and_says_so():
 
 def test_it_learns_to_tell_images_apart():
     method, batch = make(temperature=0.2), two_views(16)
-    batch = dataclasses.replace(batch, views=(batch.views[1], batch.views[1]))
+    batch = dataclasses.replace(batch, crops=(batch.crops[1], batch.crops[1]))
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=3e-3)
     first = method(batch).metrics
     for _ in range(60):

@@ -164,14 +164,12 @@ class TwoPasses:
         self.left: list[list[Tensor]] = [[] for _ in range(world)]
 
     def rank(self, rank: int, *, leave: bool):
-        return type(
-            "Rank", (), {"rank": rank, "world": len(self.left), "gather_rows": self.gather(rank, leave)}
-        )()
+        return type("Rank", (), {"rank": rank, "world": len(self.left), "gather": self.gather(rank, leave)})()
 
     def gather(self, rank: int, leave: bool):
         calls = itertools.count()
 
-        def gather_rows(_, x: Tensor) -> Tensor:
+        def gather(_, x: Tensor) -> Tensor:
             if leave:
                 self.left[rank].append(x.detach().clone())
                 return torch.cat([x.detach()] * len(self.left))
@@ -179,7 +177,7 @@ class TwoPasses:
             assert torch.equal(self.left[rank][call], x)
             return torch.cat([calls_of_rank[call] for calls_of_rank in self.left])
 
-        return gather_rows
+        return gather
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -210,9 +208,9 @@ def test_any_number_of_ranks_gives_the_loss_and_the_gradients_of_one(world, chan
     mean = 0.0
     for leave in (True, False):
         for r in range(world):
-            cmae.peers = passes.rank(r, leave=leave)
+            cmae.ranks = passes.rank(r, leave=leave)
             own = slice(r * size, (r + 1) * size)
-            part = type(batch)(tuple(v[own] for v in batch.views), batch.keys_B[own], batch.ids_B[own], 0)
+            part = type(batch)(tuple(v[own] for v in batch.crops), batch.seeds_B[own], batch.ids_B[own], 0)
             result = cmae(part)
             if not leave:
                 (result.loss / world).backward()

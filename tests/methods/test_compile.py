@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fastmim_kernels import sample_keys
+from fastmim_kernels import sample_seeds
 
 from fastmim.methods import METHODS
 from fastmim.models.mae_decoder import DecoderConfig
@@ -17,7 +17,7 @@ def test_twelve_blocks_compile_and_equal_eager(name):
     model = ViTConfig(width=32, depth=12, heads=2, patch=8, image_size=(32, 32))
     rng = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (2, 32, 32, 3), generator=rng, dtype=torch.uint8)
-    batch = Batch((image,), sample_keys(0, 0, torch.arange(2)), torch.arange(2), 0)
+    batch = Batch((image,), sample_seeds(0, 0, torch.arange(2)), torch.arange(2), 0)
     results = []
     for compiled in (False, True):
         torch.manual_seed(0)

@@ -25,8 +25,8 @@ def make_mae(**changes) -> MAE:
 def plain_loss(mae: MAE, batch: Batch, dtype: torch.dtype) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss and gradients of the plain formulation, the weights in `dtype`."""
     w = {name: t.detach().to(dtype).requires_grad_() for name, t in to_mae(mae.state_dict()).items()}
-    (image,) = batch.views
-    seen, _ = split_patches(batch.keys_B, MODEL.num_patches, mae.num_seen)
+    (image,) = batch.crops
+    seen, _ = split_patches(batch.seeds_B, MODEL.num_patches, mae.num_seen)
     visible = visible_mask(seen, MODEL.num_patches)
     pred = decode(encode(image, visible, w, MODEL.patch, MODEL.heads), visible, w, DECODER.heads)
     error = (pred - patch_targets(image, MODEL.patch, dtype, norm_pix=mae.config.norm_pix)).square().mean(-1)
@@ -56,33 +56,33 @@ def test_loss_and_gradients_equal_the_plain_formulation(batch, norm_pix):
 
 def test_changing_hidden_pixels_changes_the_target_only(batch):
     mae = make_mae()
-    _, hidden = split_patches(batch.keys_B, MODEL.num_patches, mae.num_seen)
-    image = batch.views[0].clone()
+    _, hidden = split_patches(batch.seeds_B, MODEL.num_patches, mae.num_seen)
+    image = batch.crops[0].clone()
     rows, columns = hidden[:, 0] // MODEL.grid[1] * 4, hidden[:, 0] % MODEL.grid[1] * 4
     for b, (row, column) in enumerate(zip(rows.tolist(), columns.tolist(), strict=True)):
         image[b, row : row + 2, column : column + 4] ^= 0x5F
-    changed = dataclasses.replace(batch, views=(image,))
+    changed = dataclasses.replace(batch, crops=(image,))
     assert torch.equal(mae.reconstruct(batch).pred_BNP, mae.reconstruct(changed).pred_BNP)
     assert mae(batch).loss != mae(changed).loss
 
 
 def test_no_gradient_flows_from_predictions_of_visible_patches(batch):
     mae = make_mae()
-    seen, hidden = split_patches(batch.keys_B, MODEL.num_patches, mae.num_seen)
-    z = mae.encoder(batch.views[0], seen)
+    seen, hidden = split_patches(batch.seeds_B, MODEL.num_patches, mae.num_seen)
+    z = mae.encoder(batch.crops[0], seen)
     (pred,) = mae.decoder(z, (seen,))
     pred.retain_grad()
     hidden_pred = pred.gather(1, hidden[..., None].expand(-1, -1, pred.shape[-1]))
-    mae.pixel_loss(hidden_pred, batch.views[0], hidden).mean().backward()
+    mae.pixel_loss(hidden_pred, batch.crops[0], hidden).mean().backward()
     visible = visible_mask(seen, MODEL.num_patches)
     assert not pred.grad[visible].any()
     assert pred.grad[~visible].any(dim=-1).all()
-    torch.testing.assert_close(mae(batch).loss, mae.pixel_loss(hidden_pred, batch.views[0], hidden).mean())
+    torch.testing.assert_close(mae(batch).loss, mae.pixel_loss(hidden_pred, batch.crops[0], hidden).mean())
 
 
 def test_mask_is_that_of_the_sample_not_of_the_batch(batch):
     mae = make_mae()
-    one = Batch((batch.views[0][2:3],), batch.keys_B[2:3], batch.ids_B[2:3], 0)
+    one = Batch((batch.crops[0][2:3],), batch.seeds_B[2:3], batch.ids_B[2:3], 0)
     assert torch.equal(mae.reconstruct(batch).seen_BK[2:3], mae.reconstruct(one).seen_BK)
 
 
@@ -99,9 +99,9 @@ def test_channel_counts_and_odd_grids(size):
     mae = MAEConfig(decoder=DECODER).build(model)
     image = torch.randint(0, 256, (2, 9, 21, size), dtype=torch.uint8)
     batch = make_batch(2)
-    loss = mae(Batch((image,), batch.keys_B, batch.ids_B, 0)).loss
+    loss = mae(Batch((image,), batch.seeds_B, batch.ids_B, 0)).loss
     assert loss.isfinite()
-    assert mae.reconstruct(Batch((image,), batch.keys_B, batch.ids_B, 0)).pred_BNP.shape == (2, 21, 9 * size)
+    assert mae.reconstruct(Batch((image,), batch.seeds_B, batch.ids_B, 0)).pred_BNP.shape == (2, 21, 9 * size)
 
 
 def test_bad_ratios_are_refused():
@@ -113,14 +113,14 @@ def test_bad_ratios_are_refused():
         MAEConfig(mask_ratio=1e-20).build(MODEL)
 
 
-# --- colours, CutMix, nothing hidden: tables 4 and 5 of arXiv:2208.04164 --------------------------------
+# --- colors, CutMix, nothing hidden: tables 4 and 5 of arXiv:2208.04164 --------------------------------
 
 
-def coloured_batch(mae, size=6):
-    """A batch of the method's views; where there are two, the second is another picture."""
+def colored_batch(mae, size=6):
+    """A batch of the method's crops; where there are two, the second is another picture."""
     first = make_batch(size)
-    views = tuple(make_batch(size, seed=3 + i).views[0] for i in range(len(mae.views)))
-    return dataclasses.replace(first, views=views)
+    crops = tuple(make_batch(size, seed=3 + i).crops[0] for i in range(len(mae.crops)))
+    return dataclasses.replace(first, crops=crops)
 
 
 def plain_mixed(image, foreign, patch):
@@ -139,14 +139,14 @@ def plain_mixed(image, foreign, patch):
 def test_the_clean_image_is_the_target(color, cutmix, mask_ratio):
     """Scored: what is hidden; where nothing is, what was replaced; without CutMix either, everything."""
     mae = make_mae(color=color, cutmix=cutmix, mask_ratio=mask_ratio)
-    assert [view.color for view in mae.views] == {
+    assert [view.color for view in mae.crops] == {
         "none": [None], "visible": [C_MAE, None], "whole": [C_MAE]
     }[color]  # fmt: skip
-    batch = coloured_batch(mae)
-    shown, target = batch.views[0], batch.views[-1]
-    foreign = cutmix_mask(batch.keys_B, MODEL.grid)
+    batch = colored_batch(mae)
+    shown, target = batch.crops[0], batch.crops[-1]
+    foreign = cutmix_mask(batch.seeds_B, MODEL.grid)
     assert foreign.any() and not foreign.all()
-    seen, _ = split_patches(batch.keys_B, MODEL.num_patches, mae.num_seen)
+    seen, _ = split_patches(batch.seeds_B, MODEL.num_patches, mae.num_seen)
     visible = visible_mask(seen, MODEL.num_patches)
     scored = ~visible if mask_ratio else foreign if cutmix else torch.ones_like(visible)
     shown = plain_mixed(shown, foreign, MODEL.patch) if cutmix else shown

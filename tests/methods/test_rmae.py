@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fastmim_kernels import sample_keys, split_patches
+from fastmim_kernels import sample_seeds, split_patches
 from fastmim_kernels.testing import assert_no_worse
 
 from fastmim.interop.mae import to_mae
@@ -33,8 +33,8 @@ def gradients(method, loss) -> dict[str, torch.Tensor]:
 
 def two_pass_loss(rmae: RMAE, batch: Batch) -> torch.Tensor:
     """The reference of the packed form: each view encoded and decoded on its own."""
-    (image,) = batch.views
-    seen1, seen2, scored, weight = rmae.transform(batch.keys_B)
+    (image,) = batch.crops
+    seen1, seen2, scored, weight = rmae.transform(batch.seeds_B)
     (pred1,) = rmae.decoder(rmae.encoder(image, seen1), (seen1,), scored)
     second = rmae.decoder if rmae.decoder2 is None else rmae.decoder2
     (pred2,) = second(rmae.encoder(image, seen2), (seen2,), scored)
@@ -60,8 +60,8 @@ def test_packed_equals_two_passes(batch, t2, changes):
 @pytest.mark.parametrize("t2", VARIANTS)
 def test_loss_and_gradients_equal_the_formulas(batch, t2):  # Eq. 6 and 8, in fp64, nothing of fastmim
     rmae = make_rmae(t2=t2, relax_weight=0.5)
-    (image,) = batch.views
-    seen1, seen2, *_ = rmae.transform(batch.keys_B)
+    (image,) = batch.crops
+    seen1, seen2, *_ = rmae.transform(batch.seeds_B)
     m1, m2 = visible_mask(seen1, N), visible_mask(seen2, N)
     scored = ~m1 & m2
 
@@ -84,23 +84,23 @@ def test_loss_and_gradients_equal_the_formulas(batch, t2):  # Eq. 6 and 8, in fp
 
 
 def test_complement_partitions_the_patches(batch):  # Eq. 6: M and 1 - M
-    seen1, seen2, scored, weight = make_rmae().transform(batch.keys_B)
+    seen1, seen2, scored, weight = make_rmae().transform(batch.seeds_B)
     assert seen1.shape == (5, 6) and seen2.shape == (5, 18)
     assert torch.equal(torch.cat([seen1, seen2], 1).sort(1).values, torch.arange(N).expand(5, N))
     assert torch.equal(scored, seen2) and weight is None
 
 
 def test_full_shows_everything_and_scores_what_t1_hides(batch):
-    _, seen2, scored, weight = make_rmae(t2="full").transform(batch.keys_B)
+    _, seen2, scored, weight = make_rmae(t2="full").transform(batch.seeds_B)
     assert torch.equal(seen2, torch.arange(N).expand(5, N))
-    assert torch.equal(scored, split_patches(batch.keys_B, N, 6)[1]) and weight is None
+    assert torch.equal(scored, split_patches(batch.seeds_B, N, 6)[1]) and weight is None
 
 
 def test_independent_region_sizes_are_hypergeometric():
     """196 patches: 147 hidden by T1, of which T2 shows 147/196: mean 110.25, sd 2.63, between 98 and 147."""
     model = replace(MODEL, patch=16, image_size=224)
     rmae = RMAEConfig(decoder=DECODER, t2="independent").build(model)
-    _, seen2, scored, weight = rmae.transform(sample_keys(0, 0, torch.arange(4000)))
+    _, seen2, scored, weight = rmae.transform(sample_seeds(0, 0, torch.arange(4000)))
     size = weight.sum(1)
     assert seen2.shape == (4000, 147) and scored.shape == (4000, 147)
     assert size.min() >= 98 and size.max() <= 147
@@ -111,8 +111,8 @@ def test_independent_region_sizes_are_hypergeometric():
 def test_lambda_zero_is_the_distance_of_two_decodes(batch):
     rmae = make_rmae(relax_weight=0.0)
     out = rmae(batch)
-    seen1, seen2, scored, _ = rmae.transform(batch.keys_B)
-    z = rmae.encoder(batch.views[0], seen1, seen2)
+    seen1, seen2, scored, _ = rmae.transform(batch.seeds_B)
+    z = rmae.encoder(batch.crops[0], seen1, seen2)
     pred1, pred2 = rmae.decoder(z, (seen1, seen2), scored)
     torch.testing.assert_close(out.loss, (pred1 - pred2).square().mean())
     torch.testing.assert_close(out.loss.detach(), out.metrics["distance"])
@@ -120,7 +120,7 @@ def test_lambda_zero_is_the_distance_of_two_decodes(batch):
 
 def test_with_an_exact_second_branch_it_is_mae(batch):  # Eq. 8 -> Eq. 7 -> Eq. 3
     rmae = make_rmae()
-    exact = patch_targets(batch.views[0], MODEL.patch, torch.float32)
+    exact = patch_targets(batch.crops[0], MODEL.patch, torch.float32)
 
     def decode_exactly(z, seen, scored):
         z1, _ = split_views(z, seen)

@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
-from fastmim_kernels import sample_keys
+from fastmim_kernels import sample_seeds
 
 from fastmim.data import SampleOrder
 from fastmim.models.cutmix import cutmix_mask, mix_patches, partners
 
 
 def keys(count):
-    return sample_keys(5, 2, torch.arange(count))
+    return sample_seeds(5, 2, torch.arange(count))
 
 
 def test_foreign_patches_are_a_rectangle():
@@ -27,7 +27,7 @@ def test_foreign_patches_are_a_rectangle():
 
 
 def test_shares_and_places_are_those_of_cutmix():
-    """Against the continuous law on a grid too fine to matter: side sqrt(u), centre uniform, cut off."""
+    """Against the continuous law on a grid too fine to matter: side sqrt(u), center uniform, cut off."""
     mask = cutmix_mask(keys(20_000), (64, 64)).view(-1, 64, 64).double()
     u, c = torch.rand(3, 200_000, dtype=torch.float64)[0], torch.rand(2, 200_000, dtype=torch.float64)
     half = u.sqrt() / 2

@@ -1,4 +1,4 @@
-"""Heads: layers, widths, initialisation; batch norm against torch's in fp64, on one rank and on two."""
+"""Heads: layers, widths, initialization; batch norm against torch's in fp64, on one rank and on two."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def test_bad_widths_are_refused(widths):
         Head(widths)
 
 
-def test_two_initialisations():
+def test_two_initializations():
     torch.manual_seed(0)
     mae = Head((64, 128, 32))
     bound = (6 / (64 + 128)) ** 0.5

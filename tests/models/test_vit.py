@@ -1,8 +1,8 @@
-"""The encoder: sizes, initialisation, keys, and that packing and dropping patches change nothing."""
+"""The encoder: sizes, initialization, keys, and that packing and dropping patches change nothing."""
 
 import pytest
 import torch
-from fastmim_kernels import sample_keys, split_patches
+from fastmim_kernels import sample_seeds, split_patches
 
 from fastmim.models import VITS
 from fastmim.models.mae_decoder import Decoder, DecoderConfig
@@ -40,7 +40,7 @@ def test_parameter_counts_of_the_other_sizes(name, parameters):
         assert count(Encoder(VITS[name])) == parameters
 
 
-def test_initialisation():  # specification, 1.3, I-MAE
+def test_initialization():  # specification, 1.3, I-MAE
     torch.manual_seed(0)
     encoder = Encoder(ViTConfig(width=192, depth=2, heads=3))
     qkv = encoder.blocks[0].attn.qkv.weight
@@ -86,7 +86,7 @@ def test_resized_positions():
 def images_and_keys(batch: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     rng = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (batch, 16, 24, 3), dtype=torch.uint8, generator=rng)
-    return image, sample_keys(0, 0, torch.arange(batch))
+    return image, sample_seeds(0, 0, torch.arange(batch))
 
 
 def test_views_packed_together_equal_views_alone():

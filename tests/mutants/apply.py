@@ -188,7 +188,7 @@ FAULTS = [
         "bf16",
     ),
     (MASKING, "(loss_BN * mask_BN).sum()", "loss_BN.sum()", "visible patches are scored too", "ViTMAE"),
-    (MASKING, "normalize=normalize", "normalize=True", "plain pixels are normalised", "plain"),
+    (MASKING, "normalize=normalize", "normalize=True", "plain pixels are normalized", "plain"),
     (
         MAE,
         "return self.norm(z), mask, restore",

@@ -52,8 +52,8 @@ FAULTS = [
     ),
     (
         LOADER,
-        "keys_B, ids % self._num_images)",
-        "keys_B, ids // self._num_images)",
+        "seeds_B, ids % self._num_images)",
+        "seeds_B, ids // self._num_images)",
         "repeats of one image come together",
         "copied",
     ),
@@ -88,8 +88,8 @@ FAULTS = [
     ),
     (
         DALI,
-        "if len({view.crop for view in views}) != 1:",
-        "if len({view.crop for view in views}) > 1:",
+        "if len({crop.box for crop in crops}) != 1:",
+        "if len({crop.box for crop in crops}) > 1:",
         "the decoder of the cache waits for boxes",
         "one_image and dali",
     ),

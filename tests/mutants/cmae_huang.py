@@ -36,7 +36,7 @@ FAULTS = [
         "target_branch",
     ),
     (HUANG, "config.shift + 1 if", "config.shift if", "a master of 255", "two_windows"),
-    (HUANG, "SIMSIAM if config.color else None,\n", "None,\n", "no colours", "two_windows"),
+    (HUANG, "SIMSIAM if config.color else None,\n", "None,\n", "no colors", "two_windows"),
     (HUANG, '"mask_token", ', "", "tokens decay", "decays"),
     (HUANG, 'or name.startswith(("projector.", "predictor."))', "", "scales of heads do not decay", "decays"),
     (

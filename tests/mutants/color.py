@@ -1,4 +1,4 @@
-"""Planted faults of the colours: each must turn a test red (`make mutants`)."""
+"""Planted faults of the colors: each must turn a test red (`make mutants`)."""
 
 TESTS = ["tests/ops/test_color_jitter.py", "tests/ops/test_color_blur.py", "tests/data/test_color.py"]
 JITTER = "kernels/fastmim_kernels/color_jitter.py"
@@ -15,12 +15,12 @@ FAULTS = [
         "stage",
     ),
     (JITTER, "sixths).float().double()", "sixths)", "hue's quotient stays in fp64", "hue_is_a_whole"),
-    (JITTER, "+ (1 << 15)) >> 16\n\n\ndef _mean", ") >> 16\n\n\ndef _mean", "grey is cut", "stage"),
+    (JITTER, "+ (1 << 15)) >> 16\n\n\ndef _mean", ") >> 16\n\n\ndef _mean", "gray is cut", "stage"),
     (JITTER, " if x.shape[2] == 3 else x\n", "\n", "one channel gets a hue", "pillow and 1-"),
     (
         JITTER,
-        "(2 * _grey(x).sum() + count) // max(2 * count, 1)",
-        "_grey(x).sum() // max(count, 1)",
+        "(2 * _gray(x).sum() + count) // max(2 * count, 1)",
+        "_gray(x).sum() // max(count, 1)",
         "the mean is cut",
         "half_up",
     ),
@@ -64,12 +64,12 @@ FAULTS = [
     ),
     (
         JITTER,
-        "tl.where(solarise & (blue >= 128), 255 - blue, blue)",
-        "tl.where(solarise & (blue > 128), 255 - blue, blue)",
+        "tl.where(solarize & (blue >= 128), 255 - blue, blue)",
+        "tl.where(solarize & (blue > 128), 255 - blue, blue)",
         "128 is not inverted",
         "3-height",
     ),
-    (JITTER, "at + 2 * stride_c, mask", "at + 2, mask", "channels are taken to be neighbours", "strides"),
+    (JITTER, "at + 2 * stride_c, mask", "at + 2, mask", "channels are taken to be neighbors", "strides"),
     # C++
     (
         JITTER_CPP,
@@ -136,14 +136,14 @@ FAULTS = [
     # the draws
     (DRAWS, "(middle - strengths).clamp(min=0)", "middle - strengths", "factors below 0", "ranges"),
     (DRAWS, "& (strengths > 0)[order]", "& (strengths > 0)", "a strength for its place", "no_strength"),
-    (DRAWS, "STREAM + draw)", "STREAM)", "every view has the same colours", "independent"),
-    (DRAWS, "u[:, 6] < color.grey", "u[:, 0] < color.grey", "grey comes with jitter", "independent"),
+    (DRAWS, "STREAM + draw)", "STREAM)", "every crop has the same colors", "independent"),
+    (DRAWS, "u[:, 6] < color.gray", "u[:, 0] < color.gray", "gray comes with jitter", "independent"),
     (DRAWS, "u[:, 5] * len(ORDERS)", "u[:, 5] * 23", "an order is never drawn", "permutations"),
     (
         DRAWS,
-        "d.order_B4, d.factors_B4, grey_B=d.grey_B)\n    return",
-        "d.order_B4, d.factors_B4, grey_B=d.grey_B, solarise_B=d.solarise_B)\n    return",
-        "solarised twice",
+        "d.order_B4, d.factors_B4, gray_B=d.gray_B)\n    return",
+        "d.order_B4, d.factors_B4, gray_B=d.gray_B, solarize_B=d.solarize_B)\n    return",
+        "solarized twice",
         "applied",
     ),
 ]

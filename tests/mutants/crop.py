@@ -106,7 +106,7 @@ FAULTS = [
     ),
     (PAGE, "torch.where(x == 0, 1, lanczos_reference(x))", "lanczos_reference(x)", "0 by 0", EXACT),
     (PAGE, "return s * (1 - s * 4 / 3) / (b * b)", "return s * (1 - s) / (b * b)", "another window", EXACT),
-    (PAGE, "tl.where(x == 0.0, 1.0, tl", "tl.where(x == 0.0, 0.0, tl", "no weight at the centre", EXACT),
+    (PAGE, "tl.where(x == 0.0, 1.0, tl", "tl.where(x == 0.0, 0.0, tl", "no weight at the center", EXACT),
     (PAGE, "(1.0 - s * 4.0 / 3.0)", "(1.0 - s * 3.0 / 4.0)", "another window in Triton", EXACT),
     (PAGE, "for k in range(10, 0, -1)))", "for k in range(5, 0, -1)))", "a short series", "mathematical"),
     (
@@ -117,7 +117,7 @@ FAULTS = [
         EXACT,
     ),
     (PAGE, "if value == support)", "if value == min(support, 2))", "without C++ no Lanczos", "without_cpp"),
-    (CSRC, "if (x == 0) return 1;", "if (x == 0) return 0;", "no weight at the centre in C++", EXACT),
+    (CSRC, "if (x == 0) return 1;", "if (x == 0) return 0;", "no weight at the center in C++", EXACT),
     (CSRC, "-1 / 5040.0", "1 / 5040.0", "a sign of the series", EXACT),
     (CSRC, "if (x >= 3) return 0;", "if (x >= 2) return 0;", "a lobe is cut off", EXACT),
 ]

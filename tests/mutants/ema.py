@@ -30,7 +30,7 @@ FAULTS = [
         "if start + CHUNK <= count:",
         "if start <= count:",
         "the last chunk writes past the end of its tensor",
-        "neighbours",
+        "neighbors",
     ),
     (
         EMA,

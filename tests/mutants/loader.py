@@ -100,17 +100,17 @@ FAULTS = [
     ),
     (
         DRAWS,
-        "draw_uniform(keys_B, 2, STREAM + view.draw)",
-        "draw_uniform(keys_B - keys_B[0], 2, STREAM + view.draw)",
+        "draw_uniform(seeds_B, 2, STREAM + crop.draw)",
+        "draw_uniform(seeds_B - seeds_B[0], 2, STREAM + crop.draw)",
         "windows by the batch",
         "ranks_cut and windows",
     ),
     (
         DRAWS,
-        "i: draw_colors(keys_B, v.color, v.draw)",
-        "i: draw_colors(keys_B - keys_B.min(), v.color, v.draw)",
-        "colours by the batch",
-        "ranks_cut and colours",
+        "i: draw_colors(seeds_B, v.color, v.draw)",
+        "i: draw_colors(seeds_B - seeds_B.min(), v.color, v.draw)",
+        "colors by the batch",
+        "ranks_cut and colors",
     ),
     (
         ORDER,
@@ -152,7 +152,7 @@ FAULTS = [
         PROVIDERS,
         "            transforms.Normalize(MEAN, STD),\n",
         "",
-        "the baseline does not normalise",
+        "the baseline does not normalize",
         "maes or delivers",
     ),
     (

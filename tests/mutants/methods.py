@@ -5,7 +5,7 @@ MAE, RMAE = "fastmim/methods/mae.py", "fastmim/methods/rmae.py"
 CUTMIX = "fastmim/models/cutmix.py"
 FAULTS = [
     (CUTMIX, ".neg().add(1).sqrt()", ".sqrt().neg().add(1)", "side and share are confused", "shares"),
-    (CUTMIX, "- length_B // 2", "", "the centre is a corner", "shares"),
+    (CUTMIX, "- length_B // 2", "", "the center is a corner", "shares"),
     (
         CUTMIX,
         "cell >= first_B",
@@ -22,7 +22,7 @@ FAULTS = [
         "mirrored",
         "pixels",
     ),
-    (MAE, "batch.views[0], batch.views[-1]", "batch.views[-1], batch.views[0]", "target and input", "clean"),
+    (MAE, "batch.crops[0], batch.crops[-1]", "batch.crops[-1], batch.crops[0]", "target and input", "clean"),
     (
         MAE,
         "mix_patches(shown_BHWC, foreign_BN, self.model.patch), target_BHWC",
@@ -31,7 +31,7 @@ FAULTS = [
         "clean",
     ),
     (MAE, "None if foreign_BN is None else foreign_BN.float()", "None", "all patches are scored", "clean"),
-    (MAE, '"visible": (jittered, clean)', '"visible": (clean, jittered)', "colours on the target", "clean"),
+    (MAE, '"visible": (jittered, clean)', '"visible": (clean, jittered)', "colors on the target", "clean"),
     (
         MAE,
         "weight_BL.sum().clamp(min=1)",

@@ -34,7 +34,7 @@ FAULTS = [
         REFERENCE,
         '    F = torchvision("transforms.functional")\n    for stage in',
         '    F = torchvision("transforms.functional")\n    return image\n    for stage in',
-        "nothing is coloured",
+        "nothing is colored",
         "tiny",
     ),
     (PAGE, "reference.cropped_rows_first(*crop))", "ours.cpu().numpy())", "ours against itself", "planted"),
@@ -57,7 +57,7 @@ FAULTS = [
     (PAGE, "image = reference.flipped(image) if draws", "image = image if draws", "no flip", "tiny"),
     (BOXES, "/ (len(a) + len(b))", "/ len(a)", "p of one sample", "tables"),
     (BOXES, "math.exp(-2 * k * k * reach)", "math.exp(-k * k * reach)", "p too large", "tables"),
-    (BOXES, "share = float(flips.mean())", "share = view.flip", "flips are always even", "even"),
+    (BOXES, "share = float(flips.mean())", "share = crop.flip", "flips are always even", "even"),
     (BOXES, '"area": height * width / (H * W)', '"area": height / height', "no area", "law"),
     (
         FILES,

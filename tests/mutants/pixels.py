@@ -11,7 +11,7 @@ FAULTS = [
     (TIFF, "plain = {ORIENTATION: 1, FORMAT: 1}", "plain = {FORMAT: 1}", "TIFFs are turned", DECODERS),
     (PIXELS, "        values = maxval - values\n", "        pass\n", "white is zero is not turned", DECODERS),
     (PIXELS, "values ^ (maxval + 1) // 2", "values", "signed samples are not shifted", DECODERS),
-    (PIXELS, "    if facts.premultiplied:\n", "    if not facts:\n", "alpha stays in colours", DECODERS),
+    (PIXELS, "    if facts.premultiplied:\n", "    if not facts:\n", "alpha stays in colors", DECODERS),
     (PIXELS, "'B' if big == upper else 'L'", "'L' if big == upper else 'B'", "bytes are swapped", DECODERS),
     (NETPBM, 'np.frombuffer(data, ">u2"', 'np.frombuffer(data, "<u2"', "PGM in little end", DECODERS),
     (NETPBM, "return 1 - numbers if", "return numbers if", "bitmaps are negatives", DECODERS),

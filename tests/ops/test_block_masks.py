@@ -12,7 +12,7 @@ from fastmim_kernels import (
     block_mask,
     grid_mask,
     ibot_targets,
-    sample_keys,
+    sample_seeds,
     split_mask,
     split_patches,
     uniform_mask,
@@ -49,7 +49,7 @@ CASES = [
 
 
 def make_keys(B, device):
-    return sample_keys(7, 3, torch.arange(B, device=device))
+    return sample_seeds(7, 3, torch.arange(B, device=device))
 
 
 def make_targets(keys, target):
@@ -164,7 +164,7 @@ def test_exact_masks_are_exact_and_split_into_fixed_sizes(grid, device):
 
 
 def test_blocks_are_blocks_and_lie_anywhere(device):
-    """Far more neighbours of a hidden patch are hidden than at random, and no side or corner is preferred."""
+    """Far more neighbors of a hidden patch are hidden than at random, and no side or corner is preferred."""
     masks = block_mask(make_keys(6000, device), (14, 14), 75).view(-1, 14, 14).double()
     both = (masks[:, :, 1:] * masks[:, :, :-1]).mean()
     assert both > 1.8 * masks.mean() ** 2
@@ -238,8 +238,8 @@ def test_complementary_and_independent_pairs(device):
     pair = block_mask(keys, (14, 14), 98, exact=True), ~block_mask(keys, (14, 14), 98, exact=True)
     assert (pair[0] ^ pair[1]).all() and (pair[1].sum(1) == 98).all()  # complementary: one draw, negated
     first, second = (block_mask(keys, (14, 14), 75, stream=s).double() for s in (0, 1))
-    centred = (first - first.mean(0)) * (second - second.mean(0))
-    assert (centred.mean(0) / 0.25).abs().mean() < 0.02  # deviation of one mean: 0.016
+    centerd = (first - first.mean(0)) * (second - second.mean(0))
+    assert (centerd.mean(0) / 0.25).abs().mean() < 0.02  # deviation of one mean: 0.016
     assert not torch.equal(ibot_targets(keys, 196), ibot_targets(keys, 196, stream=1))
 
 
@@ -272,7 +272,7 @@ def _sides_of(area_ptr, word_ptr, out_ptr, FACTORS: tl.constexpr):
 
 @pytest.mark.parametrize("side", [0, 1])
 def test_the_kernel_rounds_as_the_definition_where_a_bit_decides(side, device):
-    """Areas at which a side is half a patch more than whole, and their neighbours a 2**-40th away."""
+    """Areas at which a side is half a patch more than whole, and their neighbors a 2**-40th away."""
     level = torch.arange(0, 4096, 97, device=device)
     factor = level_factors(*ASPECT)[side].to(device)[level]
     half = torch.arange(len(level), device=device) % 12 * 2 + 1
@@ -349,7 +349,7 @@ def test_rejects_what_it_cannot_do(device):
     ):
         with pytest.raises(ValueError, match="stream"):
             draw(keys, -1)
-        with pytest.raises(ValueError, match="keys int64"):
+        with pytest.raises(ValueError, match="seeds int64"):
             draw(keys.int(), 0)
 
 

@@ -21,9 +21,9 @@ def noise(*shape, seed=0):
     return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
 
 
-def of_pillow(images, sigmas, solarise):
+def of_pillow(images, sigmas, solarize):
     out = []
-    for image, sigma, inverted in zip(images, sigmas.tolist(), solarise, strict=True):
+    for image, sigma, inverted in zip(images, sigmas.tolist(), solarize, strict=True):
         bands = []
         for band in image.unbind(2):
             x = Image.fromarray(band.numpy()).filter(ImageFilter.GaussianBlur(sigma))
@@ -32,10 +32,10 @@ def of_pillow(images, sigmas, solarise):
     return torch.stack(out)
 
 
-def fast(images, sigmas, solarise):
+def fast(images, sigmas, solarize):
     if native.ready():
-        return torch.ops.fastmim.native_color_blur(images, boxes_of(sigmas), solarise)
-    return color_blur_reference(images, sigmas, solarise)
+        return torch.ops.fastmim.native_color_blur(images, boxes_of(sigmas), solarize)
+    return color_blur_reference(images, sigmas, solarize)
 
 
 # several tiles each way; one pixel, one row and one column, all narrower than the widest box
@@ -43,12 +43,12 @@ def fast(images, sigmas, solarise):
 def test_every_back_end_is_pillow_to_the_last_bit(shape, device):
     images = noise(8, *shape)
     images[:, :, ::2] = torch.where(images[:, :, ::2] > 99, 255, 0).to(torch.uint8)
-    solarise = torch.arange(8) % 3 == 0
-    expected = of_pillow(images, SIGMAS, solarise)
-    assert torch.equal(color_blur_reference(images, SIGMAS, solarise), expected)
-    assert torch.equal(launch(images.to(device), SIGMAS, solarise).cpu(), expected)
-    assert torch.equal(fast(images, SIGMAS, solarise), expected)
-    assert torch.equal(color_blur(images, SIGMAS, solarise_B=solarise), expected)
+    solarize = torch.arange(8) % 3 == 0
+    expected = of_pillow(images, SIGMAS, solarize)
+    assert torch.equal(color_blur_reference(images, SIGMAS, solarize), expected)
+    assert torch.equal(launch(images.to(device), SIGMAS, solarize).cpu(), expected)
+    assert torch.equal(fast(images, SIGMAS, solarize), expected)
+    assert torch.equal(color_blur(images, SIGMAS, solarize_B=solarize), expected)
 
 
 # where weights are simple fractions, as sixths for a sigma of 1, many sums lie half way: last bits decide
@@ -86,21 +86,21 @@ def test_real_photographs():
     photographs = [Image.open(io.BytesIO(file)).convert("RGB") for file in files if file[:2] == b"\xff\xd8"]
     images = torch.stack([torch.from_numpy(np.array(x.resize((224, 224)))) for x in photographs])
     assert len(images) >= 100
-    sigmas, solarise = torch.linspace(0.1, 2, len(images)), torch.arange(len(images)) % 2 == 0
-    assert torch.equal(fast(images, sigmas, solarise), of_pillow(images, sigmas, solarise))
+    sigmas, solarize = torch.linspace(0.1, 2, len(images)), torch.arange(len(images)) % 2 == 0
+    assert torch.equal(fast(images, sigmas, solarize), of_pillow(images, sigmas, solarize))
 
 
 def test_strides(device):
-    sigmas, solarise = SIGMAS[[0, 3, 6]], torch.tensor([True, False, True])
+    sigmas, solarize = SIGMAS[[0, 3, 6]], torch.tensor([True, False, True])
     for images in (
         noise(3, 3, 9, 20).permute(0, 2, 3, 1),
         noise(3, 9, 40, 3)[:, :, ::2],
         noise(1, 9, 20, 3).expand(3, -1, -1, -1),
     ):
-        expected = of_pillow(images, sigmas, solarise)
-        assert torch.equal(color_blur_reference(images, sigmas, solarise), expected)
-        assert torch.equal(fast(images, sigmas, solarise), expected)
-        found = launch(images.to(device), sigmas, solarise)
+        expected = of_pillow(images, sigmas, solarize)
+        assert torch.equal(color_blur_reference(images, sigmas, solarize), expected)
+        assert torch.equal(fast(images, sigmas, solarize), expected)
+        found = launch(images.to(device), sigmas, solarize)
         assert torch.equal(found.cpu(), expected) and found.is_contiguous()
 
 
@@ -134,8 +134,8 @@ def test_rejects_what_it_cannot_do():
     for bad in (SIGMAS[:3], SIGMAS.double(), SIGMAS.to("meta")):
         with pytest.raises(ValueError, match="want sigmas torch.float32"):
             color_blur(images, bad)
-    with pytest.raises(ValueError, match="want solarise torch.bool"):
-        color_blur(images, SIGMAS, solarise_B=torch.zeros(8))
+    with pytest.raises(ValueError, match="want solarize torch.bool"):
+        color_blur(images, SIGMAS, solarize_B=torch.zeros(8))
     for value in (-0.1, 100.5, float("nan"), float("inf")):
         bad = SIGMAS.clone()
         bad[4] = value

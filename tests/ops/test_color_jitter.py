@@ -31,10 +31,10 @@ def shift_hue(image, hue):
     return Image.merge("HSV", (h, s, v)).convert("RGB")
 
 
-def of_pillow(images, order, factors, grey, solarise):
+def of_pillow(images, order, factors, gray, solarize):
     out = []
-    for image, stages, strengths, is_grey, inverted in zip(
-        images, order.tolist(), factors.tolist(), grey, solarise, strict=True
+    for image, stages, strengths, is_gray, inverted in zip(
+        images, order.tolist(), factors.tolist(), gray, solarize, strict=True
     ):
         x = picture(image)
         for stage in stages:
@@ -42,7 +42,7 @@ def of_pillow(images, order, factors, grey, solarise):
                 x = shift_hue(x, strengths[3])
             elif stage >= 0:
                 x = ENHANCE[stage](x).enhance(strengths[stage])
-        x = x.convert("L").convert(x.mode) if is_grey else x
+        x = x.convert("L").convert(x.mode) if is_gray else x
         x = ImageOps.solarize(x, 128) if inverted else x
         out.append(torch.from_numpy(np.array(x)).reshape(image.shape))
     return torch.stack(out)
@@ -78,8 +78,8 @@ def test_every_back_end_is_pillow_to_the_last_bit(channels, height_width, device
     assert torch.equal(color_jitter_reference(images, *inputs), expected)
     assert torch.equal(launch(images.to(device), *inputs).cpu(), expected)
     assert torch.equal(fast(images, *inputs), expected)
-    order, factors, grey, solarise = inputs
-    assert torch.equal(color_jitter(images, order, factors, grey_B=grey, solarise_B=solarise), expected)
+    order, factors, gray, solarize = inputs
+    assert torch.equal(color_jitter(images, order, factors, gray_B=gray, solarize_B=solarize), expected)
 
 
 @pytest.mark.parametrize("stage", range(4))
@@ -107,7 +107,7 @@ def test_torchvision_color_jitter_itself(torchvision_loads, monkeypatch):
         assert np.array_equal(np.asarray(jitter(picture(images[b]))), found[b].numpy())
 
 
-def test_all_16_million_colours_keep_pillows_hue():
+def test_all_16_million_colors_keep_pillows_hue():
     step = 32
     reds = torch.arange(256, dtype=torch.uint8)
     rest = torch.cartesian_prod(reds, reds).expand(step, -1, 2)
@@ -126,12 +126,12 @@ def test_all_16_million_colours_keep_pillows_hue():
 
 
 def test_kernels_and_floats_agree_where_a_hue_is_a_whole_byte(device):
-    """The colours for which the quotient leaves nothing: rounding alone says which byte it is."""
-    colours = []
+    """The colors for which the quotient leaves nothing: rounding alone says which byte it is."""
+    colors = []
     for chroma in (5, 17, 51, 85, 170, 255):
         for middle in range(chroma + 1):
-            colours += list(itertools.permutations((0, middle, chroma)))
-    image = torch.tensor(colours, dtype=torch.uint8)[None, None]
+            colors += list(itertools.permutations((0, middle, chroma)))
+    image = torch.tensor(colors, dtype=torch.uint8)[None, None]
     order, factors = torch.tensor([[3, -1, -1, -1]]), torch.zeros(1, 4)
     no = torch.zeros(1, dtype=torch.bool)
     expected = of_pillow(image, order, factors, no, no)
@@ -214,8 +214,8 @@ def test_strides(channels, device):
 def test_nothing_in_nothing_out(shape, device):
     images, inputs = torch.empty(shape, dtype=torch.uint8), draws(shape[0])
     assert launch(images.to(device), *inputs).shape == shape
-    order, factors, grey, solarise = inputs
-    assert color_jitter(images, order, factors, grey_B=grey, solarise_B=solarise).shape == shape
+    order, factors, gray, solarize = inputs
+    assert color_jitter(images, order, factors, gray_B=gray, solarize_B=solarize).shape == shape
     assert color_jitter_reference(images, *inputs).shape == shape
 
 
@@ -229,13 +229,13 @@ def test_without_cpp_the_reference_serves(monkeypatch):
     module = import_module("fastmim_kernels.color_jitter")
     monkeypatch.setattr(module.native, "ready", lambda: False)
     images, inputs = noise(3, 4, 5, 3), draws(3)
-    order, factors, grey, solarise = inputs
-    found = color_jitter(images, order, factors, grey_B=grey, solarise_B=solarise)
+    order, factors, gray, solarize = inputs
+    found = color_jitter(images, order, factors, gray_B=gray, solarize_B=solarize)
     assert torch.equal(found, of_pillow(images, *inputs))
 
 
 def test_rejects_what_it_cannot_do():
-    images, (order, factors, grey, solarise) = noise(3, 4, 5, 3), draws(3)
+    images, (order, factors, gray, solarize) = noise(3, 4, 5, 3), draws(3)
     for bad in (images.float(), images[0], noise(3, 4, 5, 2), noise(3, 4, 5, 4)):
         with pytest.raises(ValueError, match="want images uint8"):
             color_jitter(bad, order, factors)
@@ -246,10 +246,10 @@ def test_rejects_what_it_cannot_do():
             color_jitter(images, bad, factors)
     with pytest.raises(ValueError, match="want factors torch.float32"):
         color_jitter(images, order, factors.double())
-    with pytest.raises(ValueError, match="want grey torch.bool"):
-        color_jitter(images, order, factors, grey_B=grey.int())
-    with pytest.raises(ValueError, match=r"want solarise torch.bool .* on the CPU"):
-        color_jitter(images, order, factors, solarise_B=solarise.to("meta"))
+    with pytest.raises(ValueError, match="want gray torch.bool"):
+        color_jitter(images, order, factors, gray_B=gray.int())
+    with pytest.raises(ValueError, match=r"want solarize torch.bool .* on the CPU"):
+        color_jitter(images, order, factors, solarize_B=solarize.to("meta"))
     for bad in ([0, 1, 2, 4], [0, 1, 1, -1], [-2, 0, 1, 2], [3, -1, -1, 3]):
         with pytest.raises(ValueError, match="want an order of 0 to 3"):
             color_jitter(images, torch.tensor([[0, 1, 2, 3], [-1] * 4, bad]), factors)

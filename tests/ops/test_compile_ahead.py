@@ -187,11 +187,11 @@ def cases() -> Iterator[tuple]:
     yield from contrast_cases()
     yield from attention_cases()
     yield from crop_cases()
-    yield from colour_cases()
+    yield from color_cases()
 
 
 def crop_cases() -> Iterator[tuple]:
-    """Launches of resized_crop: colour and grey images, every filter."""
+    """Launches of resized_crop: color and gray images, every filter."""
     crop = import_module("fastmim_kernels.resized_crop")
     boxes, flips = (
         torch.tensor([[0, 0, 375, 500]] * 2, device="cpu"),
@@ -301,7 +301,7 @@ def attention_cases() -> Iterator[tuple]:
                 yield f"{case} back", tile.launch_backward, out, q, k, v, out, lse, segments, needs
 
 
-def colour_cases() -> Iterator[tuple]:
+def color_cases() -> Iterator[tuple]:
     """Launches of the photometric ops: photographs, one channel, channels first, a single pixel."""
     jitter, blur = (import_module(f"fastmim_kernels.{name}") for name in ("color_jitter", "color_blur"))
     new = torch.empty

@@ -66,7 +66,7 @@ def test_the_ends_are_exact_and_an_equal_teacher_rests(update, device):
 
 
 @pytest.mark.parametrize("update", [launch, ema_update])
-def test_dtypes_and_alignments_mix_and_neighbours_stay(update, device):
+def test_dtypes_and_alignments_mix_and_neighbors_stay(update, device):
     """Parameters side by side in one flat buffer, at odd addresses, and next to what is none of ours."""
     sizes = [5, 4096, 8197, 3]
     flat, teacher, student, expected = [], [], [], []

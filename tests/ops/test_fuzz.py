@@ -91,7 +91,7 @@ class Draw:
         )
 
     def image(self) -> tuple[Tensor, int, tuple]:
-        """An image, how many patches it has, and how it is normalised."""
+        """An image, how many patches it has, and how it is normalized."""
         B, patch, C = self.size(0, 3), self.size(2, 4), self.size(1, 4)
         C = max(C, 8 // patch**2)
         H, W = (patch * self.size(1, 3) for _ in range(2))

@@ -8,7 +8,7 @@ from fastmim_kernels.testing import assert_no_worse
 
 MEANS, STDS = (0.485, 0.456, 0.406, 0.3), (0.229, 0.224, 0.225, 0.5)
 # B, H, W, C, patch, K: ViT-B/16 (768 values), 49 of 196 seen; ViT-H/14 (588); patch 4 (48), not square,
-# 6 x 10 patches; grey images; four channels, where a row fills a power of two; every patch of one image
+# 6 x 10 patches; gray images; four channels, where a row fills a power of two; every patch of one image
 CASES = [
     (2, 224, 224, 3, 16, 49),
     (2, 56, 56, 3, 14, 7),

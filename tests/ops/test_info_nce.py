@@ -102,18 +102,18 @@ def test_labels_name_the_positive(form, case, dtype, device, monkeypatch):
 def form_with_labels(form):
     """The same, with labels behind the flags that stand between."""
 
-    def triton_labelled(q, k, dloss, temperature, offset, normalize, labels):
+    def triton_labeled(q, k, dloss, temperature, offset, normalize, labels):
         settings = temperature, offset, normalize
         loss, lse, rate, pull, norm = launch_forward(q, k, *settings, True, labels)
         dk = launch_backward_keys(dloss, q, k, lse, rate, norm, *settings, labels)
         return loss, lse, (pull * (rate * dloss)[..., None]).to(q.dtype), dk
 
-    def cpu_labelled(q, k, dloss, temperature, offset, normalize, labels):
+    def cpu_labeled(q, k, dloss, temperature, offset, normalize, labels):
         settings = temperature, offset, normalize
         loss, lse = cpu_forward(q, k, *settings, labels)
         return loss, lse, *cpu_backward(dloss, q, k, lse, *settings, True, True, labels)
 
-    return triton_labelled if form is triton_form else cpu_labelled
+    return triton_labeled if form is triton_form else cpu_labeled
 
 
 def test_two_queries_may_share_a_positive_and_every_key_stays_a_candidate():

@@ -38,10 +38,10 @@ bytes_ = torch.randint(256, (6, 45, 53, 3), generator=make, dtype=torch.uint8)
 boxes = torch.tensor([[0, 0, 45, 53], [3, 4, 40, 41], [0, 0, 7, 5]] * 2)
 for filter in ("bilinear", "bicubic", "lanczos"):
     digest(f"resized_crop {filter}", ops.resized_crop(bytes_.unbind(0), boxes, (31, 37), filter=filter))
-for grey in (False, True):
+for gray in (False, True):
     factors, order = torch.rand(6, 4, generator=make) + torch.tensor([0.5, 0.5, 0.5, -0.5]), torch.arange(4)
-    jittered = ops.color_jitter(bytes_, order.repeat(6, 1), factors, grey_B=torch.full((6,), grey))
-    digest(f"color_jitter {grey}", jittered)
+    jittered = ops.color_jitter(bytes_, order.repeat(6, 1), factors, gray_B=torch.full((6,), gray))
+    digest(f"color_jitter {gray}", jittered)
 digest("color_blur", ops.color_blur(bytes_, torch.linspace(0.1, 2, 6)))
 """
 

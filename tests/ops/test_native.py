@@ -186,10 +186,10 @@ def test_info_nce(B, N, G, D, offset, dtype, normalize, ops):
     loss, lse = ops.native_info_nce(q, k, 0.2, 0, normalize, labels)
     dq, dk = ops.native_info_nce_backward(dloss, q, k, lse, 0.2, 0, normalize, True, True, labels)
 
-    def labelled(q, k):
+    def labeled(q, k):
         return info_nce_reference(q, k, 0.2, 0, normalize, labels)[0]
 
-    compare(["loss", "dq", "dk"], [loss, dq, dk], labelled, [q, k], dloss)
+    compare(["loss", "dq", "dk"], [loss, dq, dk], labeled, [q, k], dloss)
 
 
 @needs_library

@@ -11,7 +11,7 @@ from fastmim_kernels.testing import assert_no_worse
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 # 48 is a 4x4 patch, 43 of them are no whole number of programs; 588 = 14x14x3 (ViT-H/14); 768 = 16x16x3 fills
-# no power of two, 147 are scored; 1024 is one; 64 = a grey 8x8 patch; one patch; 8192 is the most
+# no power of two, 147 are scored; 1024 is one; 64 = a gray 8x8 patch; one patch; 8192 is the most
 SHAPES = [(43, 48), (37, 588), (147, 768), (3, 1024), (5, 64), (1, 256), (2, 8192)]
 
 

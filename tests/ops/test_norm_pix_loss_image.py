@@ -14,7 +14,7 @@ from fastmim_kernels.testing import assert_no_worse
 BYTES, FP32, BF16, FP16 = torch.uint8, torch.float32, torch.bfloat16, torch.float16
 MEANS, STDS = (0.485, 0.456, 0.406, 0.3), (0.229, 0.224, 0.225, 0.5)
 # B, H, W, C, patch, L: 147 of ViT-B/16's 196 patches are scored; ViT-H/14; patch 4, not square, 6 x 10
-# patches, two programs of rows; grey; four channels; every patch of one image
+# patches, two programs of rows; gray; four channels; every patch of one image
 CASES = [
     (1, 224, 224, 3, 16, 147),
     (2, 56, 56, 3, 14, 9),
@@ -28,7 +28,7 @@ CASES = [
 def make_inputs(B, H, W, C, patch, L, image_dtype, dtype, device):
     rng = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (B, H, W, C), generator=rng, dtype=BYTES)
-    image[0, : H // 2] = 77  # flat patches: what varies is the normalisation of the channels, if anything
+    image[0, : H // 2] = 77  # flat patches: what varies is the normalization of the channels, if anything
     count, P = (H // patch) * (W // patch), patch * patch * C
     index = torch.stack([torch.randperm(count, generator=rng)[:L] for _ in range(B)])
     pred, dloss = torch.randn(B, L, P, generator=rng), torch.randn(B, L, generator=rng)
@@ -82,8 +82,8 @@ def test_other_distances_match_their_definition(normalize, distance, device):
     assert_no_worse("public dpred", torch.autograd.grad(loss, p, dloss)[0], oracle[1], naive[1])
 
 
-def test_a_prediction_of_the_normalised_patch_costs_nothing(device):
-    """Against the formula itself: a patch cut out by slicing, normalised by hand."""
+def test_a_prediction_of_the_normalized_patch_costs_nothing(device):
+    """Against the formula itself: a patch cut out by slicing, normalized by hand."""
     _, image, index, norm, _ = make_inputs(2, 24, 40, 3, 4, 6, BYTES, FP32, device)
     x = (image.double() / 255 - image.new_tensor(norm[1], dtype=torch.float64)) / image.new_tensor(
         norm[2], dtype=torch.float64

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fastmim_kernels.philox import draw_uint32, draw_uniform, philox_4x32, sample_keys
+from fastmim_kernels.philox import draw_uint32, draw_uniform, philox_4x32, sample_seeds
 
 ONES = 0xFFFFFFFF
 # Known answers of Random123 (kat_vectors, philox4x32 10): key, counter, result
@@ -35,34 +35,36 @@ def test_draws_are_the_lanes_of_the_block_function(device):
 def test_a_sample_key_is_its_definition_for_large_seeds_and_negative_ids():
     seed, epoch, sample = 2**64 - 3, 2**32 - 1, -5
     low, high, _, _ = philox_4x32((seed & ONES, seed >> 32), (sample & ONES, sample >> 32 & ONES, epoch, 1))
-    assert int(sample_keys(seed, epoch, torch.tensor([sample]))) & (2**64 - 1) == low | high << 32
+    assert int(sample_seeds(seed, epoch, torch.tensor([sample]))) & (2**64 - 1) == low | high << 32
 
 
 def test_keys_depend_on_seed_epoch_and_id_and_on_nothing_else(device):
     ids = torch.arange(1000, device=device)
-    keys = sample_keys(1, 2, ids)
+    keys = sample_seeds(1, 2, ids)
     shuffled = torch.randperm(1000, generator=torch.Generator().manual_seed(0)).to(device)
-    assert torch.equal(sample_keys(1, 2, ids[shuffled]), keys[shuffled])
-    both = torch.cat([keys, sample_keys(1, 3, ids), sample_keys(2, 2, ids), sample_keys(1 + 2**32, 2, ids)])
+    assert torch.equal(sample_seeds(1, 2, ids[shuffled]), keys[shuffled])
+    both = torch.cat(
+        [keys, sample_seeds(1, 3, ids), sample_seeds(2, 2, ids), sample_seeds(1 + 2**32, 2, ids)]
+    )
     assert both.unique().numel() == 4000
-    assert sample_keys(1, 2, ids + 2**32).ne(keys).all()  # ids beyond 32 bits count
+    assert sample_seeds(1, 2, ids + 2**32).ne(keys).all()  # ids beyond 32 bits count
 
 
 def test_uniform_draws_fill_the_unit_interval_evenly(device):
-    u = draw_uniform(sample_keys(0, 0, torch.arange(2000, device=device)), 50, stream=1)
+    u = draw_uniform(sample_seeds(0, 0, torch.arange(2000, device=device)), 50, stream=1)
     assert u.dtype == torch.float64
     assert 0 <= u.min() < 1e-4
     assert 1 - 1e-4 < u.max() < 1
     counts = torch.histc(u.float().cpu(), 100, 0, 1)
     chi2 = ((counts - 1000) ** 2 / 1000).sum()
     assert 50 < chi2 < 160  # 99 degrees of freedom: mean 99, deviation 14
-    for shift in (1, 4):  # neighbours in a block, the same lane of neighbouring blocks
+    for shift in (1, 4):  # neighbors in a block, the same lane of neighboring blocks
         pair = torch.stack([u[:, :-shift].flatten(), u[:, shift:].flatten()])
         assert torch.corrcoef(pair)[0, 1].abs() < 4 / pair.shape[1] ** 0.5
 
 
 def test_streams_and_prefixes(device):
-    keys = sample_keys(0, 0, torch.arange(50, device=device))
+    keys = sample_seeds(0, 0, torch.arange(50, device=device))
     assert torch.equal(draw_uint32(keys, 200, 3)[:, :9], draw_uint32(keys, 9, 3))
     assert not torch.equal(draw_uint32(keys, 9, 3), draw_uint32(keys, 9, 4))
     assert draw_uint32(keys, 0, 0).shape == (50, 0)
@@ -73,12 +75,12 @@ def test_streams_and_prefixes(device):
 def test_rejects_what_it_cannot_do():
     ids = torch.arange(3)
     with pytest.raises(ValueError, match="seed"):
-        sample_keys(-1, 0, ids)
+        sample_seeds(-1, 0, ids)
     with pytest.raises(ValueError, match="epoch"):
-        sample_keys(0, 2**32, ids)
+        sample_seeds(0, 2**32, ids)
     with pytest.raises(ValueError, match=r"ids int64 \[B\]"):
-        sample_keys(0, 0, ids.int())
-    with pytest.raises(ValueError, match=r"keys int64 \[B\]"):
+        sample_seeds(0, 0, ids.int())
+    with pytest.raises(ValueError, match=r"seeds int64 \[B\]"):
         draw_uint32(ids[None], 3, 0)
     with pytest.raises(ValueError, match="stream"):
         draw_uniform(ids, 3, 2**31)

@@ -5,7 +5,7 @@ import torch
 from fastmim_kernels import (
     num_hidden,
     num_seen,
-    sample_keys,
+    sample_seeds,
     split_mask,
     split_patches,
     split_patches_grouped,
@@ -43,7 +43,7 @@ GROUPED = [
 
 
 def make_keys(B, device):
-    return sample_keys(7, 3, torch.arange(B, device=device))
+    return sample_seeds(7, 3, torch.arange(B, device=device))
 
 
 @pytest.mark.parametrize(("N", "K"), SIZES + EDGES)
@@ -136,7 +136,7 @@ def test_every_patch_is_seen_equally_often(device):
     p = K / N
     chi2 = ((masks.sum(0) - B * p) ** 2 / (B * p * (1 - p))).sum() * (N - 1) / N  # K fixed: N - 1 free
     assert 130 < chi2 < 270  # 195 degrees of freedom: mean 195, deviation 20
-    both = masks[:, :-1] * masks[:, 1:]  # neighbours: drawn without replacement
+    both = masks[:, :-1] * masks[:, 1:]  # neighbors: drawn without replacement
     assert abs(both.mean() - p * (K - 1) / (N - 1)) < 2e-3
 
 
@@ -289,7 +289,7 @@ def test_rejects_what_it_cannot_do(device):
             split_patches(keys, N, K)
     with pytest.raises(ValueError, match="stream"):
         split_patches(keys, 196, 49, stream=-1)
-    with pytest.raises(ValueError, match="keys int64"):
+    with pytest.raises(ValueError, match="seeds int64"):
         split_patches(keys.float(), 196, 49)
     with pytest.raises(NotImplementedError, match="fastmim::split_patches"):
         torch.ops.fastmim.split_patches(keys.to_sparse(), 196, 49, 0)
@@ -305,7 +305,7 @@ def test_cells_and_masks_reject_what_they_cannot_do(device):
             split_patches_grouped(keys, grid, 2, hidden)
     with pytest.raises(ValueError, match="stream"):
         split_patches_grouped(keys, (14, 14), 2, 30, stream=2**31)
-    with pytest.raises(ValueError, match="keys int64"):
+    with pytest.raises(ValueError, match="seeds int64"):
         split_patches_grouped(keys[None], (14, 14), 2, 30)
     for bad in (mask.byte(), mask[0]):
         with pytest.raises(ValueError, match="want a mask bool"):

@@ -136,7 +136,7 @@ def test_what_is_not_what_it_looks_like_is_left(layer, why):
 
 
 def test_zero_weights_hide_nothing():
-    """LayerScale of 1e-6 on a branch, or a projection of zeros, as models are initialised."""
+    """LayerScale of 1e-6 on a branch, or a projection of zeros, as models are initialized."""
     for cls in (SelfAttn, Unscaled):
         layer = cls()
         nn.init.zeros_(layer.proj.weight)

@@ -1,4 +1,4 @@
-"""ViTMAEForPreTraining of transformers: `python -m benchmarks.peers.transformers_vitmae`.
+"""ViTMAEForPreTraining of transformers: `python -m benchmarks.rivals.transformers_vitmae`.
 
 Made from a configuration, so that nothing is downloaded; the weights are those of our method. Their names are
 those of 5.23, or of 4.x where the model nests its layers as that did; one that calls a weight otherwise is
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from benchmarks.peers.race import Peer, main
+from benchmarks.rivals.race import Rival, main
 from fastmim.methods.mae import MAE
 
 NORMS = {"norm1": "layernorm_before", "norm2": "layernorm_after"}
@@ -69,7 +69,7 @@ class LossOf(nn.Module):
 
 
 def build(method: MAE) -> LossOf:
-    """The peer with the weights of `method`; RuntimeError if a name or shape differs."""
+    """The rival with the weights of `method`; RuntimeError if a name or shape differs."""
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
     model, decoder = method.model, method.config.decoder
@@ -102,4 +102,4 @@ def build(method: MAE) -> LossOf:
 
 
 if __name__ == "__main__":
-    sys.exit(main("transformers", "transformers", lambda method: Peer(build(method), method.model)))
+    sys.exit(main("transformers", "transformers", lambda method: Rival(build(method), method.model)))

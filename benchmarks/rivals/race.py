@@ -1,6 +1,6 @@
-"""A peer against our method: the same work, the same batch, in turns, in one process.
+"""A rival against our method: the same work, the same batch, in turns, in one process.
 
-The peer is built with the weights of our method and shown the same patches of the same images: its loss must
+The rival is built with the weights of our method and shown the same patches of the same images: its loss must
 then be ours, in fp32 on the CPU and in the precision of the race on the device. Only then is it timed, as its
 users train it: fp32 weights under autocast, torch's fused AdamW, its own random masks; eager and compiled,
 and with `--apply` both again with the ops that `fastmim_kernels.apply` puts in, checked in the same way.
@@ -59,26 +59,26 @@ class Pixels(nn.Module):
         return (image_BHWC.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
 
 
-class Peer(nn.Module):
-    """A peer of MAE, `net(pixels, noise)`, as what is raced: `(batch, noise) -> loss`."""
+class Rival(nn.Module):
+    """A rival of MAE, `net(pixels, noise)`, as what is raced: `(batch, noise) -> loss`."""
 
     def __init__(self, net: nn.Module, model: ViTConfig):
         super().__init__()
         self.net, self.pixels = net, Pixels(model)
 
     def forward(self, batch: Batch, noise_BN: Tensor | None = None) -> Tensor:
-        return self.net(self.pixels(batch.views[0]), noise_BN)
+        return self.net(self.pixels(batch.crops[0]), noise_BN)
 
 
 def noise_that_shows(method: MAE | CMAE, batch: Batch) -> Tensor:
     """Noise whose K smallest values are at the patches that our method sees. `[B, N]`"""
-    seen_BK, _ = split_patches(batch.keys_B, method.model.num_patches, method.num_seen)
+    seen_BK, _ = split_patches(batch.seeds_B, method.model.num_patches, method.num_seen)
     noise = torch.ones(len(seen_BK), method.model.num_patches, device=seen_BK.device)
     return noise.scatter_(1, seen_BK, 0.0)
 
 
 @torch.no_grad()
-def check_peer(peer: nn.Module, method: MAE | CMAE, batch: Batch, precision: str) -> float:
+def check_rival(rival: nn.Module, method: MAE | CMAE, batch: Batch, precision: str) -> float:
     """Its loss on the device, against ours in fp32 on the CPU, from the same weights and the same masks.
 
     `method` and `batch` are on the CPU. Returns the relative error; raises WrongLoss beyond tolerance.
@@ -86,19 +86,19 @@ def check_peer(peer: nn.Module, method: MAE | CMAE, batch: Batch, precision: str
     twin = copy.deepcopy(method)
     use_any_attention(twin)
     expected = twin(batch).loss.item()
-    on_cpu = copy.deepcopy(peer)(batch, noise_that_shows(method, batch)).item()
-    demand("loss of the peer in fp32", relative(on_cpu, expected), LOSS_TOLERANCE["fp32"])
+    on_cpu = copy.deepcopy(rival)(batch, noise_that_shows(method, batch)).item()
+    demand("loss of the rival in fp32", relative(on_cpu, expected), LOSS_TOLERANCE["fp32"])
     with torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "bf16"):
         noise = noise_that_shows(method, batch).to(DEVICE)
-        error = relative(peer.to(DEVICE)(first(batch, len(noise), DEVICE), noise).item(), expected)
-    demand("loss of the peer on the device", error, LOSS_TOLERANCE[precision])
+        error = relative(rival.to(DEVICE)(first(batch, len(noise), DEVICE), noise).item(), expected)
+    demand("loss of the rival on the device", error, LOSS_TOLERANCE[precision])
     return error
 
 
 def check_whole_batch(
     provider: str, engine: AutocastEngine, batch: Batch, noise_BN: Tensor, expected: float, precision: str
 ) -> None:
-    """The peer's first loss on the batch that is timed, before its weights move, against our first one.
+    """The rival's first loss on the batch that is timed, before its weights move, against our first one.
 
     Eager it is shown our masks, and both may be off by their tolerance. Compiled it draws its own, which is
     what will be timed: the same graph with masks given would be compiled anew for minutes.
@@ -112,15 +112,15 @@ def check_whole_batch(
 
 
 def unable(
-    peers: dict[str, AutocastEngine],
+    rivals: dict[str, AutocastEngine],
     batch: Batch,
     noise_BN: Tensor,
     expected: float,
     arguments: argparse.Namespace,
 ) -> dict[str, dict[str, str]]:
-    """Check every peer on the whole batch and warm it up; takes out those that cannot run, and says why."""
+    """Check every rival on the whole batch and warm it up; takes out those that cannot run, and says why."""
     failed = {}
-    for provider, engine in list(peers.items()):
+    for provider, engine in list(rivals.items()):
         try:
             check_whole_batch(provider, engine, batch, noise_BN, expected, arguments.precision)
             time_steps(engine, repeated(batch), arguments.warmup)
@@ -129,7 +129,7 @@ def unable(
         except Exception as error:  # out of memory, or a compiler that gives up: the others race on
             said = (str(error).strip().splitlines() or [""])[0][:200]
             failed[provider] = {"failed": f"{type(error).__name__}: {said}"}
-            del peers[provider]
+            del rivals[provider]
         if provider in failed and DEVICE == "cuda":
             torch.cuda.empty_cache()
     return failed
@@ -176,29 +176,29 @@ def main(
     torch.manual_seed(0)
     config, model = configured(a, of)
     method: Any = config.build(model)
-    method.peers = Ranks.single()
+    method.ranks = Ranks.single()
     small = synthetic(method, model.channels, check_images(method), "cpu")
     errors: dict[str, float] = {}
-    peers: dict[str, AutocastEngine] = {}
+    rivals: dict[str, AutocastEngine] = {}
     for variant in (name, f"{name} patched") if a.apply else (name,):
         for mode in ("eager", "compiled") if a.compile else ("eager",):
-            peer = build(method)
+            rival = build(method)
             if variant != name:
-                apply(peer)
+                apply(rival)
             if mode == "eager":
-                errors[f"{variant} eager"] = check_peer(peer, method, small, a.precision)
+                errors[f"{variant} eager"] = check_rival(rival, method, small, a.precision)
             else:
-                peer.compile(dynamic=False)
-            peers[f"{variant} {mode}"] = AutocastEngine(peer, a.precision, OptimConfig())
+                rival.compile(dynamic=False)
+            rivals[f"{variant} {mode}"] = AutocastEngine(rival, a.precision, OptimConfig())
     own_error = check_method(method, small, a.precision)["loss_error"]
     batch = synthetic(method, model.channels, a.batch)
     noise = noise_that_shows(method, batch)
     ours = make_engine(method, config, model, a)
     errors[ours.name] = own_error
-    expected = check_step(ours, method, batch, a.precision)  # of the weights that the peers still have
-    failed = unable(peers, batch, noise, expected, a)
+    expected = check_step(ours, method, batch, a.precision)  # of the weights that the rivals still have
+    failed = unable(rivals, batch, noise, expected, a)
     time_steps(ours, repeated(batch), a.warmup)
-    contestants: dict[str, Engine] = {**peers, ours.name: ours}
+    contestants: dict[str, Engine] = {**rivals, ours.name: ours}
     head = describe(config, model, a) | {"batch": a.batch, "race": name}
     for provider, figures in (race(contestants, batch, a) | failed).items():
         row = head | {"provider": provider, "loss_error": errors.get(provider)} | figures
@@ -206,8 +206,8 @@ def main(
             tflop_per_s = figures["images_per_s"] * step_flops(config, model) / 1e12
             row |= {"tflop_per_s": tflop_per_s} | fractions(tflop_per_s, a.precision)
         if provider != ours.name:
-            kernels = "fastmim_kernels.apply" if " patched " in provider else "the peer's own"
-            row |= {"attention": "the peer's own", "kernels": kernels}
-        append(a.results / "peers.jsonl", row | env)
+            kernels = "fastmim_kernels.apply" if " patched " in provider else "the rival's own"
+            row |= {"attention": "the rival's own", "kernels": kernels}
+        append(a.results / "rivals.jsonl", row | env)
         print(sentence(row), flush=True)
     return 0

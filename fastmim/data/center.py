@@ -1,4 +1,4 @@
-"""Centre crops, for evaluation: resized until the short side is as wanted, the middle cut out; no draws.
+"""Center crops, for evaluation: resized until the short side is as wanted, the middle cut out; no draws.
 
     short side -> round(size / fraction), bicubic with antialiasing; then the central size x size pixels
 
@@ -19,7 +19,7 @@ from fastmim.data.scan import in_order, read_image
 FRACTION = 224 / 256
 
 
-def centre_crop(image_HWC: Tensor, size: tuple[int, int], fraction: float = FRACTION) -> Tensor:
+def center_crop(image_HWC: Tensor, size: tuple[int, int], fraction: float = FRACTION) -> Tensor:
     """The central `size` (h, w) pixels of a uint8 image resized to hold size / fraction. `[h, w, C]`."""
     (height, width), (h, w) = image_HWC.shape[:2], size
     tall, wide = round(h / fraction), round(w / fraction)
@@ -32,7 +32,7 @@ def centre_crop(image_HWC: Tensor, size: tuple[int, int], fraction: float = FRAC
     return resized[top : top + h, left : left + w]
 
 
-def centre_crops(
+def center_crops(
     images: Images,
     size: tuple[int, int],
     *,
@@ -47,7 +47,7 @@ def centre_crops(
     ValueError, naming it, for an image that cannot be decoded, and for a fraction outside (0, 1].
     """
     if not 0 < fraction <= 1:
-        raise ValueError(f"want a centre crop of a fraction in (0, 1], got {fraction}")
+        raise ValueError(f"want a center crop of a fraction in (0, 1], got {fraction}")
 
     def crop(sample_id: int) -> Tensor:
         try:
@@ -56,7 +56,7 @@ def centre_crops(
             raise ValueError(
                 f"{images.names[sample_id]} in {images.root} cannot be decoded: {error}"
             ) from None
-        return centre_crop(torch.from_numpy(as_array(image, channels)), size, fraction)
+        return center_crop(torch.from_numpy(as_array(image, channels)), size, fraction)
 
     ids = range(len(images)) if ids is None else ids
     crops: list[Tensor] = []

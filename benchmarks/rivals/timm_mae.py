@@ -1,4 +1,4 @@
-"""MAE made of timm's blocks, as the code of its authors is: `python -m benchmarks.peers.timm_mae`.
+"""MAE made of timm's blocks, as the code of its authors is: `python -m benchmarks.rivals.timm_mae`.
 
 All patches are embedded by a convolution, masks are an argsort of noise, the decoder's head reads all tokens
 and the loss is a weighted sum over all patches. Weights carry the names of an MAE checkpoint.
@@ -13,8 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers.race import Peer, main
 from benchmarks.provenance import import_torchvision
+from benchmarks.rivals.race import Rival, main
 from fastmim.methods.mae import MAE
 
 
@@ -25,7 +25,7 @@ def timm_block(width: int, heads: int) -> nn.Module:
     return Block(width, heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
 
 
-class PeerMAE(nn.Module):
+class RivalMAE(nn.Module):
     """`(pixels [B, C, H, W], noise [B, N] or None) -> loss`. Patches with the least noise are seen."""
 
     def __init__(self, method: MAE, block: Callable[[int, int], nn.Module]):
@@ -84,13 +84,13 @@ class PeerMAE(nn.Module):
         return ((pred - target).square().mean(-1) * mask).sum() / mask.sum()
 
 
-def build(method: MAE, block: Callable[[int, int], nn.Module] = timm_block) -> PeerMAE:
-    """The peer with the weights of `method`; RuntimeError if a name or shape differs."""
-    peer = PeerMAE(method, block)
+def build(method: MAE, block: Callable[[int, int], nn.Module] = timm_block) -> RivalMAE:
+    """The rival with the weights of `method`; RuntimeError if a name or shape differs."""
+    rival = RivalMAE(method, block)
     state = {name.partition(".")[2]: tensor for name, tensor in method.state_dict().items()}
-    peer.load_state_dict(state)
-    return peer
+    rival.load_state_dict(state)
+    return rival
 
 
 if __name__ == "__main__":
-    sys.exit(main("timm", "timm", lambda method: Peer(build(method), method.model)))
+    sys.exit(main("timm", "timm", lambda method: Rival(build(method), method.model)))

@@ -1,4 +1,4 @@
-"""C-MAE made of timm's blocks and eager torch: `python -m benchmarks.peers.timm_cmae`.
+"""C-MAE made of timm's blocks and eager torch: `python -m benchmarks.rivals.timm_cmae`.
 
 No code of C-MAE was ever published: this is how one would write it. All patches are embedded by a convolution
 and hidden ones replaced, the logits of all positions exist at once, the teacher moves tensor by tensor.
@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.peers.race import Pixels, main
-from benchmarks.peers.timm_mae import timm_block
+from benchmarks.rivals.race import Pixels, main
+from benchmarks.rivals.timm_mae import timm_block
 from fastmim.methods.cmae import CMAE
 from fastmim.models.vit import ViTConfig
 from fastmim.views import Batch
 
 
-class PeerEncoder(nn.Module):
+class RivalEncoder(nn.Module):
     """Mask tokens among the patches. Weights carry the names of ours."""
 
     def __init__(self, model: ViTConfig):
@@ -39,7 +39,7 @@ class PeerEncoder(nn.Module):
         return self.norm(x)[:, 1:]
 
 
-class PeerHead(nn.Sequential):
+class RivalHead(nn.Sequential):
     """Two layers and a GELU between them."""
 
     def __init__(self, n_in: int, hidden: int, n_out: int):
@@ -49,7 +49,7 @@ class PeerHead(nn.Sequential):
         return self[1](F.gelu(self[0](x)))
 
 
-class PeerCMAE(nn.Module):
+class RivalCMAE(nn.Module):
     """`(batch, noise [B, N] or None) -> loss`: the recipe's C-MAE, whose choices these are, on one device."""
 
     def __init__(self, method: CMAE):
@@ -57,16 +57,16 @@ class PeerCMAE(nn.Module):
         c, model = method.config, method.model
         self.temperature, self.num_seen, self.ema = c.temperature, method.num_seen, c.ema
         self.pixels = Pixels(model)
-        self.encoder = PeerEncoder(model)
-        self.projector = PeerHead(model.width, c.hidden, c.out)
-        self.predictor = PeerHead(c.out, c.hidden, c.out)
+        self.encoder = RivalEncoder(model)
+        self.projector = RivalHead(model.width, c.hidden, c.out)
+        self.predictor = RivalHead(c.out, c.hidden, c.out)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.target_projector = copy.deepcopy(self.projector).requires_grad_(False)
         state = method.state_dict()
         self.load_state_dict(state | {f"pixels.{k}": v for k, v in self.pixels.state_dict().items()})
 
     def forward(self, batch: Batch, noise_BN: Tensor | None = None) -> Tensor:
-        one, two = (self.pixels(view) for view in batch.views)
+        one, two = (self.pixels(view) for view in batch.crops)
         noise_BN = torch.rand(len(one), self.encoder.pos_embed.shape[1] - 1) if noise_BN is None else noise_BN
         rank_BN = noise_BN.to(one.device).argsort(1).argsort(1)
         hidden_BN = rank_BN >= self.num_seen
@@ -90,4 +90,4 @@ class PeerCMAE(nn.Module):
 
 
 if __name__ == "__main__":
-    sys.exit(main("timm", "timm", PeerCMAE, of="cmae"))
+    sys.exit(main("timm", "timm", RivalCMAE, of="cmae"))

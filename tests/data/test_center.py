@@ -1,4 +1,4 @@
-"""Centre crops are those of torchvision's Resize and CenterCrop, and come in the order of the ids."""
+"""Center crops are those of torchvision's Resize and CenterCrop, and come in the order of the ids."""
 
 from io import BytesIO
 
@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from fastmim.data import find_images
-from fastmim.data.centre import centre_crop, centre_crops
+from fastmim.data.center import center_crop, center_crops
 
 
 def plain(image: Image.Image, size: int, resize: int) -> np.ndarray:
@@ -25,27 +25,27 @@ def plain(image: Image.Image, size: int, resize: int) -> np.ndarray:
 def test_it_is_torchvisions(shape, size, fraction):
     pixels = torch.randint(0, 256, (*shape, 3), dtype=torch.uint8)
     expected = plain(Image.fromarray(pixels.numpy()), size, round(size / fraction))
-    assert np.array_equal(centre_crop(pixels, (size, size), fraction).numpy(), expected)
+    assert np.array_equal(center_crop(pixels, (size, size), fraction).numpy(), expected)
 
 
 def test_an_image_of_the_size_is_left_alone():
     pixels = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8)
-    assert torch.equal(centre_crop(pixels, (32, 32), 1.0), pixels)
+    assert torch.equal(center_crop(pixels, (32, 32), 1.0), pixels)
 
 
 def test_oblong_views_hold_size_over_fraction():
     pixels = torch.randint(0, 256, (50, 90, 1), dtype=torch.uint8)
-    assert centre_crop(pixels, (16, 40)).shape == (16, 40, 1)
-    assert centre_crop(pixels, (40, 16)).shape == (40, 16, 1)
+    assert center_crop(pixels, (16, 40)).shape == (16, 40, 1)
+    assert center_crop(pixels, (40, 16)).shape == (40, 16, 1)
 
 
 def test_all_of_a_set_in_order(folder):
     images = find_images(folder)
-    found = list(centre_crops(images, (16, 16), batch=10))
+    found = list(center_crops(images, (16, 16), batch=10))
     assert [len(ids) for _, ids in found] == [10, 10, 4]
     assert torch.equal(torch.cat([ids for _, ids in found]), torch.arange(24))
     pixels = torch.cat([crops for crops, _ in found])
-    [(some, ids)] = centre_crops(images, (16, 16), ids=[5, 2, 23])
+    [(some, ids)] = center_crops(images, (16, 16), ids=[5, 2, 23])
     assert ids.tolist() == [5, 2, 23] and torch.equal(some, pixels[[5, 2, 23]])
     for i in range(24):
         image = Image.open(BytesIO(images.read(i)))
@@ -56,6 +56,6 @@ def test_a_bad_file_and_a_bad_fraction_are_named(folder):
     images = find_images(folder)
     images.path(7).write_bytes(b"no image")
     with pytest.raises(ValueError, match=images.names[7]):
-        list(centre_crops(images, (16, 16)))
+        list(center_crops(images, (16, 16)))
     with pytest.raises(ValueError, match=r"fraction in \(0, 1\], got 1.5"):
-        next(centre_crops(images, (16, 16), fraction=1.5))
+        next(center_crops(images, (16, 16), fraction=1.5))
