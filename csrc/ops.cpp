@@ -31,4 +31,8 @@ TORCH_LIBRARY_FRAGMENT(fastmim, m) {
   // info_nce.cpp
   m.def("native_info_nce(Tensor q, Tensor k, float temperature, int label_offset, bool normalize, Tensor? labels=None) -> (Tensor, Tensor)");
   m.def("native_info_nce_backward(Tensor dloss, Tensor q, Tensor k, Tensor lse, float temperature, int label_offset, bool normalize, bool need_q, bool need_k, Tensor? labels=None) -> (Tensor, Tensor)");
+
+  // code_loss.cpp: student, teacher and center as in Python; loss, log-sum-exps of both, entropies
+  m.def("native_code_loss(Tensor student, Tensor teacher, Tensor center, Tensor pairs, float student_temperature, float teacher_temperature) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("native_code_loss_backward(Tensor dloss, Tensor student, Tensor teacher, Tensor center, Tensor pairs, Tensor lse_student, Tensor lse_teacher, float student_temperature, float teacher_temperature) -> Tensor");
 }

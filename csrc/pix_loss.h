@@ -24,10 +24,10 @@ struct PixLoss {
     float rest = 0, square = 0;
     int64_t i = 0;
     for (; i + LANES <= width; i += LANES) {
-      const Floats centerd = load(t + i) - mean;
-      lanes += centerd;
-      squares += centerd * centerd;
-      store(t + i, centerd);
+      const Floats centered = load(t + i) - mean;
+      lanes += centered;
+      squares += centered * centered;
+      store(t + i, centered);
     }
     for (; i < width; ++i) {
       t[i] -= mean;

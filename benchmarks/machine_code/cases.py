@@ -192,7 +192,7 @@ def token_cases() -> Iterator[Case]:
 
 def attention_cases(label: str, segments: tuple[int, ...], H: int, d: int) -> Iterator[Case]:
     """The tile kernels, on views of one tensor as a fused linear layer leaves them. An element is a logit."""
-    tile = module("attention_triton")
+    tile = module("attention.tile_triton")
     T = sum(segments)
     q, k, v = new(B, T, 3, H, d).unbind(2)
     out, lse = new(B, T, H, d), new(B, H, T, dtype=torch.float32)

@@ -85,11 +85,11 @@ def _forward_kernel(
     residual = tl.load(residual_ptr + residual_at, mask=exist, other=0.0).to(tl.float32)
     total = residual + _factor(scale_ptr, keep_ptr, rows, cols, num_rows, T, D) * x
     mean = tl.sum(total, axis=1) / D
-    centerd = tl.where(exist, total - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centerd * centerd, axis=1) / D + eps)
+    centered = tl.where(exist, total - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=1) / D + eps)
     weight = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-    normed = centerd * rstd[:, None] * weight[None, :] + bias[None, :]
+    normed = centered * rstd[:, None] * weight[None, :] + bias[None, :]
     at = rows.to(tl.int64)[:, None] * D + cols[None, :]  # passes 2**31 at 2.8M tokens of width 768
     tl.store(sum_ptr + at, total.to(sum_ptr.dtype.element_ty), mask=exist)
     tl.store(normed_ptr + at, normed.to(normed_ptr.dtype.element_ty), mask=exist)

@@ -78,13 +78,13 @@ def slope_reference(r: Tensor, distance: int, beta: float) -> Tensor:
 def residual(p, t, exist, eps, D: tl.constexpr, NORMALIZE: tl.constexpr):
     """`p - t_hat` of [rows, cols] fp32, zero where no value exists. norm_pix_loss_image shares it."""
     if NORMALIZE:
-        centerd = tl.where(exist, t - tl.sum(t, axis=1)[:, None] / D, 0.0)
+        centered = tl.where(exist, t - tl.sum(t, axis=1)[:, None] / D, 0.0)
         # The rounding of the mean is found in what it left and taken back: in a flat patch it would be all
         # that remains, and 1 / sqrt(eps) would raise it a thousandfold.
-        rest = tl.sum(centerd, axis=1) / D
-        var = (tl.sum(centerd * centerd, axis=1) - D * rest * rest) / (D - 1)
-        centerd = tl.where(exist, centerd - rest[:, None], 0.0)
-        return p - centerd / tl.sqrt(var + eps)[:, None]
+        rest = tl.sum(centered, axis=1) / D
+        var = (tl.sum(centered * centered, axis=1) - D * rest * rest) / (D - 1)
+        centered = tl.where(exist, centered - rest[:, None], 0.0)
+        return p - centered / tl.sqrt(var + eps)[:, None]
     else:
         return p - t
 

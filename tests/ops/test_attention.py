@@ -6,16 +6,17 @@ import sys
 
 import pytest
 import torch
-from fastmim_kernels import attention_timing, attention_varlen
 from fastmim_kernels.attention import (
-    BACKENDS,
     attention,
     attention_choices,
     attention_reference,
     choose_attention,
     pin_attention_choices,
+    timing,
+    varlen,
 )
-from fastmim_kernels.attention_timing import Call, cuda_ms, measure
+from fastmim_kernels.attention.api import BACKENDS
+from fastmim_kernels.attention.timing import Call, cuda_ms, measure
 from fastmim_kernels.testing import assert_no_worse
 
 # 50 + 148 = R-MAE at 196 patches; 1 = a class token alone; 65 is no multiple of any tile
@@ -66,8 +67,8 @@ def test_one_graph_with_segments(device):
 
 
 def test_the_choice_is_said_with_its_reason(monkeypatch):
-    module = sys.modules["fastmim_kernels.attention"]  # the package exports its function by that name
-    monkeypatch.setattr(attention_varlen, "_why_not_here", lambda: None)
+    module = sys.modules["fastmim_kernels.attention.api"]  # the package exports its function by that name
+    monkeypatch.setattr(varlen, "_why_not_here", lambda: None)
     assert choose_attention("auto", "cpu", torch.float32) == ("sdpa", "torch's own kernels serve on cpu")
     assert choose_attention("tile", "cpu", torch.float32) == ("tile", "asked for by name")
     monkeypatch.setattr(module, "why_no_xformers", lambda: None)
@@ -82,7 +83,7 @@ def test_the_choice_is_said_with_its_reason(monkeypatch):
         "torch's varlen_attn wants bf16 or fp16, this is float32",
     )  # fmt: skip
     monkeypatch.setattr(module, "why_no_xformers", lambda: "it is not installed")
-    monkeypatch.setattr(attention_varlen, "_why_not_here", lambda: "no FlashAttention")
+    monkeypatch.setattr(varlen, "_why_not_here", lambda: "no FlashAttention")
     assert choose_attention("auto", "cuda", torch.bfloat16) == (
         "auto", f"the fastest of sdpa, tile, {measured}; it is not installed; no FlashAttention",
     )  # fmt: skip
@@ -108,8 +109,8 @@ def test_what_cannot_be_had_is_refused(device):
 @pytest.fixture
 def measured(monkeypatch):
     """`auto` measures on this device, by a clock that calls what it times. Returns what the clock saw."""
-    module, seen = sys.modules["fastmim_kernels.attention"], []
-    monkeypatch.setattr(attention_timing, "_CHOICES", {})
+    module, seen = sys.modules["fastmim_kernels.attention.api"], []
+    monkeypatch.setattr(timing, "_CHOICES", {})
     monkeypatch.setattr(module, "MEASURED_ON", "cuda" if torch.cuda.is_available() else "cpu")
 
     def clock(runs):
@@ -118,7 +119,7 @@ def measured(monkeypatch):
 
     monkeypatch.setattr(module, "cuda_ms", clock)
     monkeypatch.setattr(module, "why_no_xformers", lambda: "none here")
-    monkeypatch.setattr(attention_varlen, "_why_not_here", lambda: "none here")
+    monkeypatch.setattr(varlen, "_why_not_here", lambda: "none here")
     return seen
 
 
@@ -160,7 +161,7 @@ def test_each_kind_of_call_is_measured_once(measured, device, caplog):
 
 
 def test_the_fastest_serves(measured, monkeypatch, device):
-    module, served = sys.modules["fastmim_kernels.attention"], []
+    module, served = sys.modules["fastmim_kernels.attention.api"], []
     for name, real in list(BACKENDS.items()):
         monkeypatch.setitem(BACKENDS, name, lambda *a, n=name, real=real: served.append(n) or real(*a))
     monkeypatch.setattr(module, "cuda_ms", lambda runs: [2.0, 1.0])
@@ -197,7 +198,7 @@ def test_a_backend_that_fails_or_is_wrong_is_left_out_and_named(measured, monkey
         ("tile", wrong, "off by 0.05 of sdpa's largest value"),
         ("tile", lambda q, k, v, s: q * float("nan"), "off by nan of sdpa's largest value"),
     ):
-        attention_timing._CHOICES.clear()
+        timing._CHOICES.clear()
         monkeypatch.setitem(BACKENDS, name, fn)
         attention(*some(50, device))
         (choice,) = attention_choices()
@@ -217,22 +218,22 @@ def test_an_sdpa_that_fails_is_left_out_and_the_others_are_checked_by_the_defini
     def wrong_gradient(q, k, v, segments):
         return BACKENDS["tile"](q, k * 1.05 - 0.05 * k.detach(), v, segments)
 
-    module = sys.modules["fastmim_kernels.attention"]
+    module = sys.modules["fastmim_kernels.attention.api"]
     monkeypatch.setitem(BACKENDS, "sdpa", fails)
-    monkeypatch.setattr(attention_timing, "CHECKED_LOGITS", 2 * 2 * 50**2)  # two samples of the four
+    monkeypatch.setattr(timing, "CHECKED_LOGITS", 2 * 2 * 50**2)  # two samples of the four
     for q, k, v in (some(50, device), some(50, device, grad=True)):
         out = attention(q, k, v, segments=(20, 30))
         torch.testing.assert_close(out, attention_reference(q, k, v, (20, 30)), rtol=2e-2, atol=2e-2)
         choice = attention_choices()[-1]
         assert choice["use"] == "tile" and choice["ms"] == {}
         assert choice["left_out"]["sdpa"] == "RuntimeError: No available kernel. Aborting execution."
-    attention_timing._CHOICES.clear()
+    timing._CHOICES.clear()
     monkeypatch.setitem(BACKENDS, "another", wrong_gradient)
     q, k, v = some(50, device, grad=True)
     attention(q, k, v)
     assert attention_choices()[-1]["left_out"]["another"] == "off by 0.05 of the definition's largest value"
     monkeypatch.setattr(module, "attention_reference", fails)
-    attention_timing._CHOICES.clear()
+    timing._CHOICES.clear()
     with pytest.raises(RuntimeError, match="no tile: nothing to check it with .RuntimeError: No available"):
         attention(q, k, v)
 
@@ -256,10 +257,8 @@ def test_where_all_fail_the_reason_of_each_is_said(measured, monkeypatch, device
 def test_equal_outputs_agree_whatever_they_are(device):
     """A device that computes nothing hands out zeros."""
     zeros = [torch.zeros(2, 3, device=device)]
-    assert attention_timing._disagreement(zeros, zeros, "sdpa's") is None
-    assert (
-        attention_timing._disagreement([zeros[0] + 1], zeros, "sdpa's") == "off by 1 of sdpa's largest value"
-    )
+    assert timing._disagreement(zeros, zeros, "sdpa's") is None
+    assert timing._disagreement([zeros[0] + 1], zeros, "sdpa's") == "off by 1 of sdpa's largest value"
 
 
 def test_choices_are_pinned_for_a_run_that_resumes(measured, device):
@@ -267,7 +266,7 @@ def test_choices_are_pinned_for_a_run_that_resumes(measured, device):
     attention(q, k, v)
     saved = json.loads(json.dumps(attention_choices()))
     saved[0]["use"] = "tile"
-    attention_timing._CHOICES.clear()
+    timing._CHOICES.clear()
     pin_attention_choices(saved)
     attention(q, k, v)
     assert len(measured) == 1 and attention_choices()[0]["use"] == "tile"
@@ -287,7 +286,7 @@ def test_inputs_are_measured_as_they_lie(device):
     dtype = torch.float32
     for layout, stride in (("plain", (32, 16)), ("packed", (96, 16)), ("heads", (16, 16 * 50))):
         call = Call((20, 30), 2, 16, 4, layout, "float32", True, device)
-        q, k, v, dout = attention_timing._make_inputs(call, dtype, torch.device(device))
+        q, k, v, dout = timing._make_inputs(call, dtype, torch.device(device))
         for x in (q, k, v):
             assert x.shape == (4, 50, 2, 16) and x.stride()[1:3] == stride and x.is_leaf and x.requires_grad
         assert not dout.requires_grad and dout.std() > 0.5 and not torch.equal(q, k)
@@ -315,9 +314,9 @@ def test_a_graph_that_is_being_captured_is_not_measured_in(measured, monkeypatch
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     call = Call((50,), 2, 16, 4, "plain", "bfloat16", True, "a GPU")
     settings = torch.bfloat16, torch.device("cuda"), BACKENDS, {}, None, None
-    assert attention_timing.fastest(call, *settings) == "sdpa" and attention_choices() == []
+    assert timing.fastest(call, *settings) == "sdpa" and attention_choices() == []
     pin_attention_choices([{**vars(call), "use": "tile", "ms": {}, "left_out": {}}])
-    assert attention_timing.fastest(call, *settings) == "tile"
+    assert timing.fastest(call, *settings) == "tile"
 
 
 class Clock:
@@ -351,14 +350,14 @@ def test_the_clock(monkeypatch):
         return run
 
     assert cuda_ms([runner(0, 3.0), runner(1, 0.5)]) == [3.0, 0.5]
-    assert calls == [(1 + attention_timing.TURNS) * attention_timing.CALLS] * 2
+    assert calls == [(1 + timing.TURNS) * timing.CALLS] * 2
     assert order[:8] == [1, 1, 0, 0, 0, 0, 1, 1] and order.count("wait") == 1 and order[-1] == "wait"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="measures on a GPU")
 @pytest.mark.gpu
 def test_auto_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(attention_timing, "_CHOICES", {})
+    monkeypatch.setattr(timing, "_CHOICES", {})
     for T, d in ((50, 64), (197, 32)):
         q, k, v = some(T, "cuda", batch=64, heads=8, d=d, grad=True)
         out = attention(q, k, v)

@@ -9,10 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastmim_kernels import attention_varlen, attention_xformers
-from fastmim_kernels.attention import BACKENDS, attention, attention_reference, obstacles
-from fastmim_kernels.attention_varlen import why_no_varlen
-from fastmim_kernels.attention_xformers import PAIRS, remedy, serving, why_broken, why_no_xformers
+from fastmim_kernels.attention import (
+    attention,
+    attention_reference,
+    memory_efficient,
+    obstacles,
+    varlen,
+)
+from fastmim_kernels.attention.api import BACKENDS
+from fastmim_kernels.attention.memory_efficient import PAIRS, remedy, serving, why_broken, why_no_xformers
+from fastmim_kernels.attention.varlen import why_no_varlen
 
 BF16 = torch.bfloat16
 
@@ -20,8 +26,8 @@ BF16 = torch.bfloat16
 @pytest.fixture(autouse=True)
 def asked_anew():
     """Answers are kept for good: none that a fake gave outlives its test."""
-    caches = serving, attention_varlen._why_not_here, attention_varlen._kept_offsets
-    caches += (attention_xformers._block_diagonal,)
+    caches = serving, varlen._why_not_here, varlen._kept_offsets
+    caches += (memory_efficient._block_diagonal,)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -62,24 +68,24 @@ def test_the_package_that_serves(monkeypatch, without_cuda):
 
     works = lambda: (memory_efficient_attention, Mask)  # noqa: E731
     q, k, v = torch.randn(3, 2, 12, 2, 8).unbind()
-    monkeypatch.setattr(attention_xformers, "INSTALLED", {"xformers": "0.0.35", "mslk-cuda": "1.1.0"})
-    monkeypatch.setattr(attention_xformers, "SOURCES", {"xformers": works, "mslk-cuda": broken})
+    monkeypatch.setattr(memory_efficient, "INSTALLED", {"xformers": "0.0.35", "mslk-cuda": "1.1.0"})
+    monkeypatch.setattr(memory_efficient, "SOURCES", {"xformers": works, "mslk-cuda": broken})
     assert serving() == ("xformers", ()) and why_no_xformers() is None
     serving.cache_clear()
-    monkeypatch.setattr(attention_xformers, "SOURCES", {"xformers": broken, "mslk-cuda": works})
+    monkeypatch.setattr(memory_efficient, "SOURCES", {"xformers": broken, "mslk-cuda": works})
     wrong = "xformers 0.0.35 does not work here (libcudart.so.12: cannot open shared object file)"
     assert serving() == ("mslk-cuda", (wrong,)) and why_no_xformers() is None
     for segments in ((12,), (5, 7)):
         out = BACKENDS["xformers"](q, k, v, segments)
         torch.testing.assert_close(out, attention_reference(q, k, v, segments))
     serving.cache_clear()
-    monkeypatch.setattr(attention_xformers, "SOURCES", {"xformers": broken, "mslk-cuda": broken})
+    monkeypatch.setattr(memory_efficient, "SOURCES", {"xformers": broken, "mslk-cuda": broken})
     assert why_no_xformers().startswith(f"{wrong}; mslk-cuda 1.1.0 does not work here (libcudart")
     assert why_no_xformers().endswith(remedy())
 
 
 def test_what_is_not_installed_is_said_with_its_remedy(monkeypatch):
-    monkeypatch.setattr(attention_xformers, "INSTALLED", {"xformers": None, "mslk-cuda": None})
+    monkeypatch.setattr(memory_efficient, "INSTALLED", {"xformers": None, "mslk-cuda": None})
     assert why_no_xformers() == f"neither xformers nor mslk-cuda is installed; {remedy()}"
     assert obstacles((4,), 64, BF16, "cpu")["xformers"] == f"xformers has no cpu operator; {remedy()}"
 
@@ -126,9 +132,9 @@ def packed_attention(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k):
 
 @pytest.fixture
 def on_the_cpu(monkeypatch):
-    from torch.nn.attention import varlen
+    from torch.nn.attention import varlen as theirs
 
-    monkeypatch.setattr(varlen, "varlen_attn", packed_attention)
+    monkeypatch.setattr(theirs, "varlen_attn", packed_attention)
 
 
 @pytest.mark.parametrize("segments", [(12,), (5, 7), (3, 3, 6), (1, 11)], ids=str)
@@ -146,10 +152,10 @@ def test_varlen_packs_what_the_definition_means(on_the_cpu, segments):
 def test_varlen_keeps_only_offsets_that_hold_something(on_the_cpu):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    kept = attention_varlen._kept_offsets
+    kept = varlen._kept_offsets
     with FakeTensorMode():
         q = torch.randn(2, 12, 2, 8)
-        assert not attention_varlen._may_be_kept(q)
+        assert not varlen._may_be_kept(q)
     with torch.inference_mode():
         BACKENDS["varlen"](*torch.randn(3, 2, 12, 2, 8).unbind(), (5, 7))
     offsets = kept((5, 7), 2, torch.device("cpu"))
@@ -160,7 +166,7 @@ def test_varlen_keeps_only_offsets_that_hold_something(on_the_cpu):
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_compiler_makes_the_offsets(dynamic):
     run = torch.compile(
-        lambda x: attention_varlen._offsets((5, 7), len(x), x.device), fullgraph=True, dynamic=dynamic,
+        lambda x: varlen._offsets((5, 7), len(x), x.device), fullgraph=True, dynamic=dynamic,
         backend="aot_eager",
     )  # fmt: skip
     for batch in (2, 3):
@@ -184,7 +190,7 @@ def test_varlen_in_one_graph():
 
 
 def test_the_obstacles_of_varlen_are_named(monkeypatch):
-    monkeypatch.setattr(attention_varlen, "_why_not_here", lambda: None)
+    monkeypatch.setattr(varlen, "_why_not_here", lambda: None)
     assert why_no_varlen(64, BF16, "cuda") is None and why_no_varlen(256, torch.float16, "cuda") is None
     assert why_no_varlen(64, BF16, "cpu") == "torch's varlen_attn has no cpu operator"
     assert "wants bf16 or fp16, this is float32" in why_no_varlen(64, torch.float32, "cuda")
@@ -195,20 +201,20 @@ def test_the_obstacles_of_varlen_are_named(monkeypatch):
 
 
 def test_varlen_is_tried_before_it_is_chosen(monkeypatch, without_cuda):
-    from torch.nn.attention import varlen
+    from torch.nn.attention import varlen as theirs
 
-    monkeypatch.setattr(varlen, "varlen_attn", packed_attention)
+    monkeypatch.setattr(theirs, "varlen_attn", packed_attention)
     assert why_no_varlen(64, BF16, "cuda") is None
-    attention_varlen._why_not_here.cache_clear()
+    varlen._why_not_here.cache_clear()
 
     def fails(*_):
         raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
 
-    monkeypatch.setattr(varlen, "varlen_attn", fails)
+    monkeypatch.setattr(theirs, "varlen_attn", fails)
     assert why_no_varlen(64, BF16, "cuda") == (
         "torch's varlen_attn does not work here (FlashAttention only supports Ampere GPUs or newer.)"
     )
-    attention_varlen._why_not_here.cache_clear()
+    varlen._why_not_here.cache_clear()
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", types.ModuleType("of an older torch"))
     assert why_no_varlen(64, BF16, "cuda").endswith("has no torch.nn.attention.varlen, torch 2.10 has")
 

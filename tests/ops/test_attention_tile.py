@@ -9,8 +9,8 @@ import torch
 import torch._functorch.config
 from fastmim_kernels import attention
 from fastmim_kernels.attention import attention_reference
-from fastmim_kernels.attention_tile import attention_tile, cpu_backward, cpu_forward
-from fastmim_kernels.attention_triton import forward_tile, launch_backward, launch_forward, runs
+from fastmim_kernels.attention.tile import attention_tile, cpu_backward, cpu_forward
+from fastmim_kernels.attention.tile_triton import forward_tile, launch_backward, launch_forward, runs
 from fastmim_kernels.testing import assert_no_worse
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -131,13 +131,13 @@ def test_kernels_match_the_definition(segments, d, dtype, device):
 )
 def test_cpu_form_matches_the_definition(segments, d, dtype, monkeypatch):
     # one sample at a time, the last block of two samples short
-    monkeypatch.setattr(sys.modules["fastmim_kernels.attention_tile"], "CHUNK", 2 * 2 * max(segments) ** 2)
+    monkeypatch.setattr(sys.modules["fastmim_kernels.attention.tile"], "CHUNK", 2 * 2 * max(segments) ** 2)
     compare(cpu_form, *make_inputs(segments, d, dtype, "cpu", 3, 2), segments)
 
 
 def test_rows_of_64_as_hopper_takes_them(device, monkeypatch):
     """Above 128 tokens sm_80 takes 32, and so does the interpreter."""
-    module = sys.modules["fastmim_kernels.attention_triton"]
+    module = sys.modules["fastmim_kernels.attention.tile_triton"]
     rows = set()
     for wide in (False, True):
         monkeypatch.setattr(module, "_wide_products", lambda wide=wide: wide)

@@ -238,8 +238,8 @@ def test_complementary_and_independent_pairs(device):
     pair = block_mask(keys, (14, 14), 98, exact=True), ~block_mask(keys, (14, 14), 98, exact=True)
     assert (pair[0] ^ pair[1]).all() and (pair[1].sum(1) == 98).all()  # complementary: one draw, negated
     first, second = (block_mask(keys, (14, 14), 75, stream=s).double() for s in (0, 1))
-    centerd = (first - first.mean(0)) * (second - second.mean(0))
-    assert (centerd.mean(0) / 0.25).abs().mean() < 0.02  # deviation of one mean: 0.016
+    centered = (first - first.mean(0)) * (second - second.mean(0))
+    assert (centered.mean(0) / 0.25).abs().mean() < 0.02  # deviation of one mean: 0.016
     assert not torch.equal(ibot_targets(keys, 196), ibot_targets(keys, 196, stream=1))
 
 

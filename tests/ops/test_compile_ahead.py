@@ -289,7 +289,7 @@ def contrast_cases() -> Iterator[tuple]:
 
 def attention_cases() -> Iterator[tuple]:
     """Launches of the tile kernels, on views of one tensor as a fused linear layer leaves them."""
-    tile = import_module("fastmim_kernels.attention_triton")
+    tile = import_module("fastmim_kernels.attention.tile_triton")
     for name, (segments, d, dtypes) in ATTENTION.items():
         T, H = sum(segments), 12
         for dtype in dtypes:

@@ -14,7 +14,7 @@ from fastmim_kernels import (
     norm_pix_loss_image,
     restore_tokens,
 )
-from fastmim_kernels.attention_tile import attention_tile
+from fastmim_kernels.attention.tile import attention_tile
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

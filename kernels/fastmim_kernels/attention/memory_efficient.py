@@ -127,3 +127,35 @@ def attention_xformers(q: Tensor, k: Tensor, v: Tensor, segments: tuple[int, ...
     package, _ = serving()
     assert package is not None, "attention.py serves by what can serve"
     return _attend(package, q, k, v, segments)
+
+
+def attention_xformers_general(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: tuple[int, ...],
+    key_segments: tuple[int, ...],
+    biases: tuple[Tensor | None, ...] | None,
+) -> Tensor:
+    """The same with a bias for segments, or with keys of another number. Differentiable in the biases too.
+
+    One call for each segment. Of a bias the operator wants a row that begins at a multiple of 16 bytes, and
+    one matrix per head of each sample, which is expanded, not copied; its gradient is dense until summed.
+    """
+    package, _ = serving()
+    assert package is not None, "attention.py serves by what can serve"
+    memory_efficient_attention, _ = SOURCES[package]()
+    lengths = segments, key_segments, key_segments
+    runs = zip(*(x.split(n, dim=1) for x, n in zip((q, k, v), lengths, strict=True)), strict=True)
+    masks = [None] * len(segments) if biases is None else biases
+    outs = []
+    for run, bias in zip(runs, masks, strict=True):
+        aligned = None if bias is None else _aligned(bias.to(q.dtype)).expand(len(q), -1, -1, -1)
+        outs.append(memory_efficient_attention(*run, attn_bias=aligned))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+
+
+def _aligned(bias_Hnm: Tensor) -> Tensor:
+    """The same values in rows of a multiple of 8. `[1, H, n, m]`."""
+    m = bias_Hnm.shape[2]
+    return torch.nn.functional.pad(bias_Hnm, (0, -m % 8))[None, :, :, :m]

@@ -21,9 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmim_kernels.add_layer_norm import add_layer_norm
-from fastmim_kernels.bias_gelu import bias_gelu
-from fastmim_kernels.norm_pix_loss import MAX_D
-from fastmim_kernels.patch_swap import (
+from fastmim_kernels.apply.swap import (
     Finding,
     Swapped,
     demand_float,
@@ -32,7 +30,9 @@ from fastmim_kernels.patch_swap import (
     is_a,
     strange_dtype,
 )
-from fastmim_kernels.patch_trial import Calls, tokens
+from fastmim_kernels.apply.trial import Calls, tokens
+from fastmim_kernels.bias_gelu import bias_gelu
+from fastmim_kernels.norm_pix_loss import MAX_D
 
 # What reads the normed tokens with linear layers only, which round them under autocast anyway
 LINEAR_READERS = (

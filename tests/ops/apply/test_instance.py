@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.ops.patch.conftest import hf, images, mae_layout, make, named, timm_vit
+from tests.ops.apply.conftest import hf, images, mae_layout, make, named, timm_vit
 
 BUILDS = {
     "timm": lambda: timm_vit(init_values=0.3, drop_path_rate=0.5),

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.ops.patch import zoo
-from tests.ops.patch.conftest import SIZES, livelier, named
+from tests.ops.apply import zoo
+from tests.ops.apply.conftest import SIZES, livelier, named
 
 SAMPLE = {  # and whether anything is replaced in it
     "test_vit": True, "test_vit2": True, "visformer_tiny": False, "samvit_base_patch16_224": True,

@@ -16,8 +16,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from fastmim_kernels.attention_tile import HALF
-from fastmim_kernels.attention_xformers import why_broken
+from fastmim_kernels.attention.memory_efficient import why_broken
+from fastmim_kernels.attention.tile import HALF
 from fastmim_kernels.tracing import constant_in_graphs
 
 MAX_WIDTH = 256
@@ -53,6 +53,26 @@ def attention_varlen(q: Tensor, k: Tensor, v: Tensor, segments: tuple[int, ...])
     packed_q, packed_k, packed_v = (x.flatten(0, 1) for x in (q, k, v))
     out = varlen_attn(packed_q, packed_k, packed_v, offsets, offsets, longest, longest)
     assert isinstance(out, Tensor)  # and no tuple, without return_aux
+    return out.view(q.shape)
+
+
+def attention_varlen_cross(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: tuple[int, ...],
+    key_segments: tuple[int, ...],
+    biases: tuple[Tensor | None, ...] | None,
+) -> Tensor:
+    """The same where the keys of a segment are another number than its queries; there is no bias."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    assert biases is None, "attention.py serves by what can serve"
+    offsets_of = _kept_offsets if _may_be_kept(q) else _offsets
+    offsets, key_offsets = (offsets_of(runs, len(q), q.device) for runs in (segments, key_segments))
+    longest, packed_q, packed_k, packed_v = max(segments), *(x.flatten(0, 1) for x in (q, k, v))
+    out = varlen_attn(packed_q, packed_k, packed_v, offsets, key_offsets, longest, max(key_segments))
+    assert isinstance(out, Tensor)
     return out.view(q.shape)
 
 

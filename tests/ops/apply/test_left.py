@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.ops.patch.conftest import hf, mae_layout, make, timm_vit
+from tests.ops.apply.conftest import hf, mae_layout, make, timm_vit
 
 
 def reasons(model: nn.Module) -> dict[str, str]:

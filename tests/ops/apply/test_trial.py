@@ -5,10 +5,10 @@ import re
 import fastmim_kernels
 import pytest
 import torch
-from fastmim_kernels.patch_trial import rehearsal
+from fastmim_kernels.apply.trial import rehearsal
 from torch import Tensor, nn
 
-from tests.ops.patch.conftest import images, make, timm_vit
+from tests.ops.apply.conftest import images, make, timm_vit
 
 
 class SelfAttn(nn.Module):
@@ -191,10 +191,10 @@ def test_a_trial_leaves_no_trace():
 
 
 def test_layers_alike_are_tried_once(monkeypatch):
-    from fastmim_kernels import patch_trial
+    from fastmim_kernels.apply import trial as trials
 
-    tried, real = [], patch_trial.trial
-    monkeypatch.setattr(patch_trial, "trial", lambda root, finding: tried.append(root) or real(root, finding))
+    tried, real = [], trials.trial
+    monkeypatch.setattr(trials, "trial", lambda root, finding: tried.append(root) or real(root, finding))
     fastmim_kernels.apply(timm_vit(depth=6, drop_path_rate=0.3))
     assert len(tried) == 4  # the first block alone has no drop path
     tried.clear()
@@ -274,14 +274,14 @@ def test_an_image_of_tokens_passes_a_block():
 
 
 def test_nothing_is_timed_in_a_trial(monkeypatch):
-    from fastmim_kernels import attention_timing
+    from fastmim_kernels.attention import timing
 
-    call = attention_timing.Call((5,), 2, 24, 2, "packed", "float32", True, "x")
-    monkeypatch.setattr(attention_timing, "measure", lambda *_: pytest.fail("measured"))
+    call = timing.Call((5,), 2, 24, 2, "packed", "float32", True, "x")
+    monkeypatch.setattr(timing, "measure", lambda *_: pytest.fail("measured"))
     with rehearsal(torch.device("cpu")):
         settings = torch.float32, torch.device("cpu"), {}, {}, lambda _: [], None
-        backend = attention_timing.fastest(call, *settings)
-    assert backend == "sdpa" and attention_timing.attention_choices() == []
+        backend = timing.fastest(call, *settings)
+    assert backend == "sdpa" and timing.attention_choices() == []
 
 
 def test_apply_after_a_cast_and_compile_after_apply():

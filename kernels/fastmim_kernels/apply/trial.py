@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fastmim_kernels.attention_timing import untimed
-from fastmim_kernels.patch_swap import FLOATS, Finding, swap
+from fastmim_kernels.apply.swap import FLOATS, Finding, swap
+from fastmim_kernels.attention.timing import untimed
 
 Randn = Callable[..., Tensor]
 Call = tuple[str, Tensor, dict[str, Any]]  # how its shape is written, the first argument, the others

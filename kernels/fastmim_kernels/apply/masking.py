@@ -12,9 +12,9 @@ Source  He et al., arXiv:2111.06377; the order of draws and the eps of both mode
 import torch
 from torch import Tensor
 
+from fastmim_kernels.apply.swap import demand_float
 from fastmim_kernels.gather_tokens import gather_tokens
 from fastmim_kernels.norm_pix_loss_image import norm_pix_loss_image
-from fastmim_kernels.patch_swap import demand_float
 from fastmim_kernels.restore_tokens import restore_tokens
 
 

@@ -4,8 +4,8 @@
     print(report)                           # what was replaced, what was left, and why
     fastmim_kernels.revert(model)           # every class as it was
 
-Families  patch_timm.py, patch_transformers.py, patch_mae.py: what is recognized, and what each op replaces.
-          patch_parts.py: the MLP and the norm they share, and which dtypes come out. patch_swap.py: how.
+Families  timm.py, transformers.py, mae.py: what is recognized, and what each op replaces.
+          parts.py: the MLP and the norm they share, and which dtypes come out. swap.py: how.
 Limits    apply last: after LoRA, quantization and the like, before FSDP, DeepSpeed and torch.compile. A
           checkpoint of the state dict knows nothing of it; a pickled model needs fastmim_kernels to load.
 """
@@ -17,12 +17,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fastmim_kernels.patch_mae import find_mae_layout
-from fastmim_kernels.patch_parts import find_mlp
-from fastmim_kernels.patch_swap import Finding, Swapped, base_of, home, swap
-from fastmim_kernels.patch_timm import find_timm
-from fastmim_kernels.patch_transformers import find_transformers
-from fastmim_kernels.patch_trial import tried, weightless
+from fastmim_kernels.apply.mae import find_mae_layout
+from fastmim_kernels.apply.parts import find_mlp
+from fastmim_kernels.apply.swap import Finding, Swapped, base_of, home, swap
+from fastmim_kernels.apply.timm import find_timm
+from fastmim_kernels.apply.transformers import find_transformers
+from fastmim_kernels.apply.trial import tried, weightless
 
 LOOKED_FOR = (
     "blocks, MLPs and attention with the parts of timm's VisionTransformer; layers of transformers' ViT, "

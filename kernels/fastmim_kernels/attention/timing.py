@@ -21,7 +21,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+Biases = tuple[Tensor | None, ...]  # of each segment, [H, n, m]
 Serve = Callable[[Tensor, Tensor, Tensor, tuple[int, ...]], Tensor]
+ServeGeneral = Callable[[Tensor, Tensor, Tensor, tuple[int, ...], tuple[int, ...], Biases | None], Tensor]
 Timer = Callable[[Sequence[Callable[[], object]]], list[float]]
 Layout = Literal["plain", "packed", "heads"]  # [B, T, H, d]; a third of [B, T, 3, H, d]; [B, H, T, d]
 
@@ -46,6 +48,8 @@ class Call:
     dtype: str
     grad: bool
     device: str
+    key_segments: tuple[int, ...] | None = None  # with a bias, or where they differ from those of the queries
+    biased: tuple[bool, ...] | None = None  # which segments have a bias
 
 
 @dataclass(frozen=True)
@@ -58,9 +62,13 @@ class Choice:
         times = ", ".join(f"{name} {ms:.3f} ms" for name, ms in self.ms.items())
         passes = "forward and backward" if call.grad else "forward"
         reasons = "; ".join(f"no {name}: {why}" for name, why in self.left_out.items())
+        kind = ""
+        if call.key_segments not in (None, call.segments):
+            kind = f" to {' + '.join(map(str, call.key_segments or ()))}"
+        kind += " with a bias" if call.biased else ""
         return (
-            f"attention of {' + '.join(map(str, call.segments))} tokens, {call.heads} heads of {call.width}, "
-            f"batch {call.batch}, {call.dtype}, {passes}: {self.use} "
+            f"attention of {' + '.join(map(str, call.segments))} tokens{kind}, "
+            f"{call.heads} heads of {call.width}, batch {call.batch}, {call.dtype}, {passes}: {self.use} "
             f"({'; '.join(filter(None, (times, reasons)))})"
         )
 
@@ -92,7 +100,9 @@ def pin_attention_choices(choices: Iterable[dict[str, Any]]) -> None:
     for row in choices:
         fields = dict(row)
         choice = Choice(**{name: fields.pop(name) for name in ("use", "ms", "left_out")})
-        _CHOICES[Call(**{**fields, "segments": tuple(fields["segments"])})] = choice
+        for name in ("segments", "key_segments", "biased"):
+            fields[name] = None if fields.get(name) is None else tuple(fields[name])
+        _CHOICES[Call(**fields)] = choice
 
 
 def cuda_ms(runs: Sequence[Callable[[], object]]) -> list[float]:
@@ -112,11 +122,15 @@ def cuda_ms(runs: Sequence[Callable[[], object]]) -> list[float]:
 
 
 def _make_inputs(call: Call, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """q, k, v and the gradient of the output, random, by a generator that no one else draws from."""
+    """q, k, v, biases and the output's gradient, random, by a generator that no one else draws from."""
     rng = torch.Generator(device).manual_seed(0)
     randn = partial(torch.randn, generator=rng, device=device, dtype=dtype)
     B, T, H, d = call.batch, sum(call.segments), call.heads, call.width
-    if call.layout == "packed":
+    if call.key_segments is not None:
+        qkv = [randn(B, n, H, d) for n in (T, *[sum(call.key_segments)] * 2)]
+        sizes = zip(call.segments, call.key_segments, call.biased or (), strict=False)
+        qkv += [randn(H, n, m) for n, m, is_biased in sizes if is_biased]
+    elif call.layout == "packed":
         qkv = list(randn(B, T, 3, H, d).unbind(2))
     elif call.layout == "heads":
         qkv = [randn(B, H, T, d).transpose(1, 2) for _ in range(3)]
@@ -140,22 +154,31 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
 
 
-def _run(
-    serve: Serve, call: Call, q: Tensor, k: Tensor, v: Tensor, dout: Tensor,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _run(serve: Any, call: Call, *inputs: Tensor) -> tuple[Tensor, ...]:
     """The output, and the gradients where the call wants them."""
+    *leaves, dout = inputs
+    q, k, v, *of_segments = leaves
     with torch.set_grad_enabled(call.grad):
-        out = serve(q, k, v, call.segments)
-        return (out, *torch.autograd.grad(out, (q, k, v), dout)) if call.grad else (out,)
+        if call.key_segments is None:
+            out = serve(q, k, v, call.segments)
+        else:
+            rest = iter(of_segments)
+            biases: Biases | None = None
+            if call.biased is not None:
+                biases = tuple(next(rest) if is_biased else None for is_biased in call.biased)
+            out = serve(q, k, v, call.segments, call.key_segments, biases)
+        return (out, *torch.autograd.grad(out, leaves, dout)) if call.grad else (out,)
 
 
-def _defined(
-    reference: Serve, call: Call, q: Tensor, k: Tensor, v: Tensor, dout: Tensor
-) -> tuple[Tensor, ...]:
+def _defined(reference: Any, call: Call, *inputs: Tensor) -> tuple[Tensor, ...]:
     """What `reference` gives in fp32 for the first samples, as many as keep its logits small."""
     few = max(1, CHECKED_LOGITS // (call.heads * sum(call.segments) ** 2))
-    q, k, v = (x[:few].detach().float().requires_grad_(call.grad) for x in (q, k, v))
-    return _run(reference, call, q, k, v, dout[:few].float())
+    if len(inputs) > 4:  # the gradient of a bias is of all samples
+        few = len(inputs[0])
+    *leaves, dout = inputs
+    qkv = (x[:few].detach().float().requires_grad_(call.grad) for x in leaves[:3])
+    biases = (x.detach().float().requires_grad_(call.grad) for x in leaves[3:])
+    return _run(reference, call, *qkv, *biases, dout[:few].float())
 
 
 def _left_out(
@@ -185,7 +208,7 @@ def _left_out(
 
 def measure(
     call: Call, dtype: torch.dtype, device: torch.device,
-    backends: Mapping[str, Serve], obstacles: Mapping[str, str | None], timer: Timer, reference: Serve,
+    backends: Mapping[str, Any], obstacles: Mapping[str, str | None], timer: Timer, reference: Any,
 ) -> Choice | None:  # fmt: skip
     """Times every backend that serves such a call and is right; None where nothing is computed.
 
@@ -210,7 +233,7 @@ def measure(
 
 def fastest(
     call: Call, dtype: torch.dtype, device: torch.device,
-    backends: Mapping[str, Serve], obstacles: Mapping[str, str | None], timer: Timer, reference: Serve,
+    backends: Mapping[str, Any], obstacles: Mapping[str, str | None], timer: Timer, reference: Any,
 ) -> str:  # fmt: skip
     """The backend for such calls, measured at the first of them."""
     choice = _CHOICES.get(call)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmim_kernels.patch_masking import masked, pixel_loss, restored
-from fastmim_kernels.patch_swap import (
+from fastmim_kernels.apply.masking import masked, pixel_loss, restored
+from fastmim_kernels.apply.swap import (
     FLOATS,
     Finding,
     Swapped,
@@ -25,7 +25,7 @@ from fastmim_kernels.patch_swap import (
     hooked,
     strange_dtype,
 )
-from fastmim_kernels.patch_trial import rehearsal
+from fastmim_kernels.apply.trial import rehearsal
 
 PARTS = (
     "patch_embed", "cls_token", "pos_embed", "blocks", "norm", "decoder_embed", "mask_token",

@@ -12,7 +12,7 @@ FLOP    4 * n^2 * d per head and segment of n tokens, 10 backward; 14 above 64 t
         made by the kernel of the queries and again by that of the keys.
 Bytes   q, k, v read, out written, 4 bytes of lse per row; backward 7 of these tensors at up to 64 tokens.
 Limits  1 to 256 tokens a segment; d 16 to 64 in steps of 8, to 128 in steps of 16; the last dim contiguous,
-        any other strides. CUDA runs attention_triton.py; the CPU the definition, a few samples at a time.
+        any other strides. CUDA runs tile_triton.py; the CPU the definition, a few samples at a time.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastmim_kernels.attention_triton import launch_backward, launch_forward, runs
+from fastmim_kernels.attention.tile_triton import launch_backward, launch_forward, runs
 from fastmim_kernels.once import differentiable_once
 
 MAX_TOKENS = 256

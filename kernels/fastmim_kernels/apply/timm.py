@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastmim_kernels.apply.parts import add_norm, find_block
+from fastmim_kernels.apply.swap import Finding, Swapped, arguments, demand_plain, hooked
+from fastmim_kernels.apply.trial import OPTIONS, tokens
 from fastmim_kernels.attention import attention
-from fastmim_kernels.patch_parts import add_norm, find_block
-from fastmim_kernels.patch_swap import Finding, Swapped, arguments, demand_plain, hooked
-from fastmim_kernels.patch_trial import OPTIONS, tokens
 
 PARTS = {"norm1", "attn", "norm2", "mlp"}
 FACTORS = {"ls1", "ls2", "drop_path1", "drop_path2"}

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmim_kernels.patch_masking import masked, pixel_loss, restored
-from fastmim_kernels.patch_parts import add_norm, find_block
-from fastmim_kernels.patch_swap import Finding, Swapped, arguments, demand_plain, home, is_a, strange_dtype
-from fastmim_kernels.patch_trial import TOKENS, Call, Calls, Randn, tokens
+from fastmim_kernels.apply.masking import masked, pixel_loss, restored
+from fastmim_kernels.apply.parts import add_norm, find_block
+from fastmim_kernels.apply.swap import Finding, Swapped, arguments, demand_plain, home, is_a, strange_dtype
+from fastmim_kernels.apply.trial import TOKENS, Call, Calls, Randn, tokens
 
 MODELS = tuple(f"transformers.models.{name}" for name in ("vit", "vit_mae", "dinov2", "beit"))
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.ops.patch.mae_layout import MaskedAutoencoder
+from tests.ops.apply.mae_layout import MaskedAutoencoder
 
 SIZES = {
     "hidden_size": 48,

@@ -8,7 +8,7 @@ import torch
 from fastmim_kernels.testing import assert_no_worse
 from torch import Tensor, nn
 
-from tests.ops.patch.conftest import hf, images, mae_layout, make, step, timm_vit
+from tests.ops.apply.conftest import hf, images, mae_layout, make, step, timm_vit
 
 
 def plainly(model, x):

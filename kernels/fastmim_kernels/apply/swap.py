@@ -79,7 +79,7 @@ class Finding:
     op: str
     swaps: tuple[tuple[nn.Module, type], ...] = ()
     obstacle: str | None = None
-    calls: Callable | None = None  # what it is to be tried with (patch_trial.py): the first of swaps
+    calls: Callable | None = None  # what it is to be tried with (trial.py): the first of swaps
 
     def left(self, why: str) -> "Finding":
         return replace(self, swaps=(), obstacle=why)

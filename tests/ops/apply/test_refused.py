@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from tests.ops.patch.conftest import hf, images, mae_layout, make, timm_vit
+from tests.ops.apply.conftest import hf, images, mae_layout, make, timm_vit
 
 BUILDS = {
     "timm": lambda: timm_vit(init_values=0.3),
