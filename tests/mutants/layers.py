@@ -4,7 +4,6 @@ TESTS = ["tests/ops/test_add_layer_norm.py", "tests/ops/test_bias_gelu.py", "tes
 NORM = "kernels/fastmim_kernels/add_layer_norm.py"
 GELU = "kernels/fastmim_kernels/bias_gelu.py"
 FAULTS = [
-    # add_layer_norm: Triton
     (
         NORM,
         "tl.load(keep_ptr + rows // T, mask",
@@ -14,30 +13,9 @@ FAULTS = [
     ),
     (
         NORM,
-        "centerd = tl.where(exist, total - mean[:, None], 0.0)",
-        "centerd = total - mean[:, None]",
-        "columns past the end count in the variance",
-        "test_add_layer_norm and matches_definition",
-    ),
-    (
-        NORM,
-        "rstd = 1.0 / tl.sqrt(tl.sum(centerd * centerd, axis=1) / D + eps)",
-        "rstd = 1.0 / tl.sqrt(tl.sum(centerd * centerd, axis=1) / (D - 1) + eps)",
+        "rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=1) / D + eps)",
+        "rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=1) / (D - 1) + eps)",
         "the variance is divided by D - 1",
-        "test_add_layer_norm and matches_definition",
-    ),
-    (
-        NORM,
-        "residual_at = (b * residual_stride_b + t * residual_stride_t)",
-        "residual_at = (b * x_stride_b + t * x_stride_t)",
-        "the residual is read with the strides of the branch",
-        "test_add_layer_norm and strides",
-    ),
-    (
-        NORM,
-        "dsum += rstd * (g - g_mean - x_hat * slope)",
-        "dsum += rstd * (g - x_hat * slope)",
-        "the mean's part of the gradient is left out",
         "test_add_layer_norm and matches_definition",
     ),
     (
@@ -49,20 +27,6 @@ FAULTS = [
     ),
     (
         NORM,
-        "scale_sum += _factor(None, keep_ptr, rows, cols, num_rows, T, D) * x * dsum",
-        "scale_sum += _factor(scale_ptr, keep_ptr, rows, cols, num_rows, T, D) * x * dsum",
-        "the scale's gradient is multiplied by the scale",
-        "test_add_layer_norm and matches_definition",
-    ),
-    (
-        NORM,
-        "dx = _factor(scale_ptr, keep_ptr, rows, cols, num_rows, T, D) * dsum",
-        "dx = _factor(scale_ptr, None, rows, cols, num_rows, T, D) * dsum",
-        "a dropped sample teaches its branch",
-        "test_add_layer_norm and (dropped or matches_definition)",
-    ),
-    (
-        NORM,
         "b, t = (rows // T).to(tl.int64), (rows % T).to(tl.int64)",
         "b, t = rows // T, rows % T",
         "addresses of 32 bits",
@@ -70,32 +34,10 @@ FAULTS = [
     ),
     (
         NORM,
-        "row = (rows // T).to(tl.int64) * x_stride_b + (rows % T).to(tl.int64) * x_stride_t",
-        "row = (rows // T) * x_stride_b + (rows % T) * x_stride_t",
-        "addresses of 32 bits in the backward",
-        "test_addresses",
-    ),
-    # its launchers, CPU form, registration and checks
-    (
-        NORM,
         "    at = share.to(tl.int64) * D + cols\n",
         "    at = cols\n",
         "all shares write the first one's sums",
         "test_add_layer_norm and (many_rows or matches_definition)",
-    ),
-    (
-        NORM,
-        "passes = [(*needs[:2], *(False,) * 3), (False, False, *needs[2:4], False), (*(False,) * 4, True)]",
-        "passes = [(*needs[:2], *(False,) * 3), (*(False,) * 4, True)]",
-        "the widest rows learn no weight and no bias",
-        "test_add_layer_norm and matches_definition",
-    ),
-    (
-        NORM,
-        "shares = triton.cdiv(B * T, share)",
-        "shares = max(1, B * T // share)",
-        "the last rows get no gradient",
-        "test_add_layer_norm and matches_definition",
     ),
     (
         NORM,
@@ -106,20 +48,6 @@ FAULTS = [
     ),
     (
         NORM,
-        "ctx.dx_is_dresidual = scale is None and keep is None and x.dtype == residual.dtype",
-        "ctx.dx_is_dresidual = scale is None and x.dtype == residual.dtype",
-        "with keep alone the branch gets the residual's gradient",
-        "test_add_layer_norm and public",
-    ),
-    (
-        NORM,
-        "ctx.dx_is_dresidual = scale is None and keep is None and x.dtype == residual.dtype",
-        "ctx.dx_is_dresidual = keep is None and x.dtype == residual.dtype",
-        "with scale alone the branch gets the residual's gradient",
-        "test_add_layer_norm and public",
-    ),
-    (
-        NORM,
         "dtotal = dbranch + dsum.float()",
         "dtotal = dbranch",
         "the CPU forgets the gradient of the sum itself",
@@ -127,32 +55,10 @@ FAULTS = [
     ),
     (
         NORM,
-        "dx = total.new_empty(B if needs[0] else 0, T, D, dtype=x_dtype)",
-        "dx = total.new_empty(B if needs[0] else 0, T, D)",
-        "the fake's dx is in the dtype of the residual",
-        "test_add_layer_norm and registered",
-    ),
-    (
-        NORM,
         "        keep = keep.contiguous()\n",
         "",
         "keep with gaps is read as if it had none",
         "test_add_layer_norm and strides",
-    ),
-    (
-        NORM,
-        "if keep.shape != x_BTD.shape[:1] or keep.dtype != torch.float32:",
-        "if keep.shape != x_BTD.shape[:1]:",
-        "keep of another dtype passes",
-        "test_add_layer_norm and rejects",
-    ),
-    # bias_gelu: Triton
-    (
-        GELU,
-        "y = 0.5 * u * (1.0 + tl.erf(u * 0.7071067811865476))",
-        "y = u * tl.sigmoid(1.702 * u)",
-        "an approximation of GELU instead of the exact form",
-        "test_bias_gelu and (matches_definition or plain_numbers)",
     ),
     (
         GELU,
@@ -163,33 +69,11 @@ FAULTS = [
     ),
     (
         GELU,
-        "u * tl.exp(-0.5 * u * u) * 0.3989422804014327",
-        "u * tl.exp(-u * u) * 0.3989422804014327",
-        "the density lacks its half",
-        "test_bias_gelu and matches_definition",
-    ),
-    (
-        GELU,
-        "x = tl.load(x_ptr + rows[:, None] * x_stride + cols[None, :]",
-        "x = tl.load(x_ptr + rows[:, None] * D + cols[None, :]",
-        "rows with gaps are read as if they had none",
-        "test_bias_gelu and strided",
-    ),
-    (
-        GELU,
         "rows = share * SHARE + start + tl.arange(0, ROWS)",
         "rows = share * SHARE + tl.arange(0, ROWS)",
         "the first rows of a share are summed again and again",
         "test_bias_gelu and matches_definition",
     ),
-    (
-        GELU,
-        "cols = tl.program_id(0) % CHUNKS * COLS + tl.arange(0, COLS)\n    bias_sum",
-        "cols = tl.program_id(0) // CHUNKS * COLS + tl.arange(0, COLS)\n    bias_sum",
-        "programs of the backward take the wrong columns",
-        "test_bias_gelu and matches_definition",
-    ),
-    # its launchers, CPU form, registration and checks
     (
         GELU,
         'share = max(tile["ROWS"], min(SHARE,',
@@ -199,37 +83,9 @@ FAULTS = [
     ),
     (
         GELU,
-        "        dout.contiguous(), x, bias, dx",
-        "        dout, x, bias, dx",
-        "a gradient with gaps is read as if it had none",
-        "test_bias_gelu and strided",
-    ),
-    (
-        GELU,
-        "torch.ops.aten.gelu_backward(dout.float(), x.float() + bias.float())",
-        'torch.ops.aten.gelu_backward(dout.float(), x.float() + bias.float(), approximate="tanh")',
-        "on the CPU the slope is that of the approximation",
-        "test_bias_gelu and (public or needed)",
-    ),
-    (
-        GELU,
         "return dx if need_x else None, dbias.to(bias.dtype) if need_bias else None",
         "return dx if need_x else None, dbias.to(bias.dtype) if need_x else None",
         "the bias learns when x does",
         "test_bias_gelu and needed",
-    ),
-    (
-        GELU,
-        "return x.new_empty(M if need_x else 0, D), x.new_empty(D, dtype=torch.float32)",
-        "return x.new_empty(M, D), x.new_empty(D, dtype=torch.float32)",
-        "the fake promises a gradient of x that is not made",
-        "test_bias_gelu and registered",
-    ),
-    (
-        GELU,
-        "or (x.ndim > 2 and not x.is_contiguous())",
-        "",
-        "more dims with gaps pass",
-        "test_bias_gelu and rejects",
     ),
 ]

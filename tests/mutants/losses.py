@@ -9,7 +9,6 @@ TESTS = [
 ROWS = "kernels/fastmim_kernels/norm_pix_loss.py"
 IMAGE = "kernels/fastmim_kernels/norm_pix_loss_image.py"
 FAULTS = [
-    # what both kernels share
     (
         ROWS,
         "D * rest * rest) / (D - 1)",
@@ -19,52 +18,16 @@ FAULTS = [
     ),
     (
         ROWS,
-        "centerd = tl.where(exist, t - tl.sum(t, axis=1)[:, None] / D, 0.0)",
-        "centerd = t - tl.sum(t, axis=1)[:, None] / D",
-        "columns past the end count in the variance",
-        "matches_definition",
-    ),
-    (
-        ROWS,
-        "centerd = tl.where(exist, centerd - rest[:, None], 0.0)",
-        "centerd = tl.where(exist, centerd, 0.0)",
+        "centered = tl.where(exist, centered - rest[:, None], 0.0)",
+        "centered = tl.where(exist, centered, 0.0)",
         "the rounding of the mean stays in a flat patch",
         "matches_definition",
-    ),
-    (
-        ROWS,
-        "centerd / tl.sqrt(var + eps)[:, None]",
-        "centerd / (tl.sqrt(var) + eps)[:, None]",
-        "eps is added to the deviation",
-        "matches_definition",
-    ),
-    # norm_pix_loss: Triton
-    (
-        ROWS,
-        "target_ptr + rows[:, None] * target_stride",
-        "target_ptr + rows[:, None] * pred_stride",
-        "the target is read with the stride of the prediction",
-        "test_norm_pix_loss and strided",
     ),
     (
         ROWS,
         "tl.sum(far(r, beta, DISTANCE), axis=1) / D, mask=rows < M)",
         "tl.sum(far(r, beta, DISTANCE), axis=1), mask=rows < M)",
         "the loss is a sum and no mean",
-        "test_norm_pix_loss and matches_definition",
-    ),
-    (
-        ROWS,
-        "        return r * 2.0\n",
-        "        return r\n",
-        "the gradient lacks its factor of two",
-        "test_norm_pix_loss and matches_definition",
-    ),
-    (
-        ROWS,
-        "(-dp).to(dtarget_ptr.dtype.element_ty)",
-        "dp.to(dtarget_ptr.dtype.element_ty)",
-        "the target learns in the wrong direction",
         "test_norm_pix_loss and matches_definition",
     ),
     (
@@ -76,21 +39,6 @@ FAULTS = [
     ),
     (
         ROWS,
-        "rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # rows * D",
-        "rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # rows * D",
-        "addresses of 32 bits",
-        "test_addresses",
-    ),
-    # its launchers, CPU form, registration and checks
-    (
-        ROWS,
-        "        dloss.contiguous(), pred, target, dpred",
-        "        dloss, pred, target, dpred",
-        "a gradient with gaps is read as if it had none",
-        "test_norm_pix_loss and strided",
-    ),
-    (
-        ROWS,
         "NEED_PRED=needs[0], NEED_TARGET=needs[1]",
         "NEED_PRED=needs[1], NEED_TARGET=needs[0]",
         "the gradients that are asked for are exchanged",
@@ -98,39 +46,10 @@ FAULTS = [
     ),
     (
         ROWS,
-        "dtarget = (-dp).to(target.dtype) if need_target",
-        "dtarget = dp.to(target.dtype) if need_target",
-        "on the CPU the target learns in the wrong direction",
-        "(test_norm_pix_loss and (teaches or public)) or go_through",
-    ),
-    (
-        ROWS,
-        "return pred.new_empty(pred.shape[0], dtype=torch.float32)",
-        "return pred.new_empty(pred.shape, dtype=torch.float32)",
-        "the fake's loss has a value for each pixel",
-        "test_norm_pix_loss and registered",
-    ),
-    (
-        ROWS,
         "return dpred, dtarget, None, None",
         "return dtarget, dpred, None, None",
         "each input gets the other one's gradient",
         "(test_norm_pix_loss and (teaches or public)) or go_through",
-    ),
-    (
-        ROWS,
-        "if normalize and target_MD.requires_grad and torch.is_grad_enabled():",
-        "if normalize and target_MD.requires_grad:",
-        "a learning target is refused where nobody asks for a gradient",
-        "test_norm_pix_loss and rejects",
-    ),
-    # norm_pix_loss_image: Triton
-    (
-        IMAGE,
-        "(rows // L).to(tl.int64) * pred_stride_b + (rows % L).to(tl.int64) * pred_stride_l",
-        "rows.to(tl.int64) * pred_stride_l",
-        "predictions with the class token cut off are read as if they followed one another",
-        "test_norm_pix_loss_image and strides",
     ),
     (
         IMAGE,
@@ -141,33 +60,11 @@ FAULTS = [
     ),
     (
         IMAGE,
-        "    t = tl.where(exist, t, 0.0)  # past the end the shift alone would remain\n",
-        "",
-        "columns past the end hold the shift",
-        "test_norm_pix_loss_image and matches_definition",
-    ),
-    (
-        IMAGE,
         "tl.sum(far(r, beta, DISTANCE), axis=1) / (PATCH * PATCH * C)",
         "tl.sum(far(r, beta, DISTANCE), axis=1) / (PATCH * PATCH)",
         "the mean forgets the channels",
         "test_norm_pix_loss_image and matches_definition",
     ),
-    (
-        IMAGE,
-        "(dloss / P)[:, None]",
-        "dloss[:, None]",
-        "the gradient is not divided by the number of values",
-        "test_norm_pix_loss_image and matches_definition",
-    ),
-    (
-        IMAGE,
-        "out = dpred_ptr + rows.to(tl.int64)[:, None] * P + cols[None, :]",
-        "out = dpred_ptr + rows.to(tl.int64)[:, None] * pred_stride_l + cols[None, :]",
-        "the gradient is written with the stride of the prediction",
-        "test_norm_pix_loss_image and strides",
-    ),
-    # its launchers, CPU form and registration
     (
         IMAGE,
         'grid = (triton.cdiv(dloss.numel(), arguments["ROWS"]),)',
@@ -177,38 +74,10 @@ FAULTS = [
     ),
     (
         IMAGE,
-        "_backward_kernel[grid](dloss.contiguous(), pred",
-        "_backward_kernel[grid](dloss, pred",
-        "a gradient of other strides is read as contiguous",
-        "test_norm_pix_loss_image and strides",
-    ),
-    (
-        IMAGE,
-        "(dloss[..., None] / pred.shape[2])).to(pred.dtype)",
-        "(dloss[..., None] / pred.shape[1])).to(pred.dtype)",
-        "on the CPU the gradient is divided by the number of patches",
-        "(test_norm_pix_loss_image and public) or go_through",
-    ),
-    (
-        IMAGE,
         "return pred.new_empty(pred.shape[:2], dtype=torch.float32)",
         "return pred.new_empty(pred.shape[:2])",
         "the fake's loss is in the dtype of the prediction",
         "test_norm_pix_loss_image and registered",
-    ),
-    (
-        IMAGE,
-        "if image_BHWC.requires_grad and torch.is_grad_enabled():",
-        "if image_BHWC.requires_grad and not torch.is_grad_enabled():",
-        "an image that wants a gradient gets none, in silence",
-        "test_norm_pix_loss_image and rejects",
-    ),
-    (
-        IMAGE,
-        "if pred_BLP.shape != (*index_BL.shape, P):",
-        "if pred_BLP.shape[2] != P:",
-        "predictions of other patches than the index names pass",
-        "test_norm_pix_loss_image and rejects",
     ),
     (
         ROWS,
@@ -219,37 +88,9 @@ FAULTS = [
     ),
     (
         ROWS,
-        "    sign = tl.where(r > 0, 1.0, tl.where(r < 0, -1.0, r))",
-        "    sign = tl.where(r >= 0, 1.0, -1.0)",
-        "no distance still has a slope",
-        "test_norm_pix_loss and other_distances",
-    ),
-    (
-        ROWS,
-        "return tl.where(tl.abs(r) < beta, r / beta, sign)",
-        "return tl.where(tl.abs(r) < beta, r, sign)",
-        "the slope within beta is not divided by it",
-        "test_norm_pix_loss and other_distances",
-    ),
-    (
-        ROWS,
         "(r / beta).clamp(-1, 1)",
         "r.clamp(-1, 1)",
         "the same in the reference's gradient",
         "go_through",
-    ),
-    (
-        ROWS,
-        '    if not 0 < beta < float("inf"):',
-        '    if not 0 <= beta < float("inf"):',
-        "a width of zero passes and gives NaN",
-        "test_norm_pix_loss and rejects",
-    ),
-    (
-        IMAGE,
-        "_op_backward(dloss, *ctx.saved_tensors, *ctx.options)",
-        "_op_backward(dloss, *ctx.saved_tensors, *ctx.options[:5])",
-        "the gradient is that of the square, whatever the distance",
-        "test_norm_pix_loss_image and other_distances",
     ),
 ]
