@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from benchmarks.provenance import DEVICE, NULL
 from fastmim.methods.base import Method, MethodConfig
-from fastmim.models.vit import Attention, ViTConfig
+from fastmim.models.block import Attention
+from fastmim.models.vit import ViTConfig
 from fastmim.optim import OptimConfig, torch_adamw
 from fastmim.optim.groups import parameter_groups
 from fastmim.views import Batch
@@ -66,7 +67,7 @@ class PlainEngine:
         self.method = method.to(DEVICE, dtype)
         self.has_master = dtype != torch.float32
         groups = parameter_groups(
-            method.named_parameters(), weight_decay=optim.weight_decay, decays=method.decays
+            method.named_parameters(), weight_decay=optim.weight_decay, group=method.group
         )
         self.weights = [p for group in groups for p in group["params"]]
         self.masters = self.weights
@@ -122,16 +123,18 @@ class DeepSpeedEngine:
 
     def __init__(self, method: Method, config: MethodConfig, model: ViTConfig, arguments: argparse.Namespace):
         from fastmim.data import MemoryImages
+        from fastmim.engine.clip import Gradients
         from fastmim.engine.config import Run, make_plan
         from fastmim.engine.deepspeed import (
             leave_process_group,
-            set_learning_rate,
+            set_rates,
             start_process_group,
             wrap,
         )
         from fastmim.engine.teacher import Teacher
 
-        self.ranks = method.ranks = start_process_group(DEVICE)
+        self.ranks = start_process_group(DEVICE)
+        method.share(self.ranks)
         atexit.register(leave_process_group)
         batch = arguments.batch * self.ranks.world
         run = Run(
@@ -143,18 +146,23 @@ class DeepSpeedEngine:
             zero=arguments.zero,
         )
         plan = make_plan(run, MemoryImages([b""] * batch), world=self.ranks.world, device=DEVICE)
-        self.wrapped = wrap(method, run, plan)
+        self.wrapped, groups = wrap(method, run, plan)
         self.teacher = Teacher(self.wrapped, self.ranks)
+        self.gradients = Gradients(self.wrapped, groups, run.optim)
         self.wrapped.train()
-        set_learning_rate(self.wrapped, LEARNING_RATE)
+        schedules = {None, *(group["schedule"] for group in groups)}
+        set_rates(self.wrapped, groups, dict.fromkeys(schedules, LEARNING_RATE), run.optim.weight_decay, 0)
 
     def forward(self, batch: Batch) -> Tensor:
         return self.wrapped(batch).loss
 
     def backward(self, loss: Tensor) -> None:
-        self.wrapped.backward(loss)
+        from fastmim.engine.deepspeed import backward
+
+        backward(self.wrapped, loss)
 
     def update(self) -> None:
+        self.gradients.clip(epoch=0)
         self.wrapped.step()
         self.teacher.step(0.5)
         self.wrapped.module.after_step(0.5)

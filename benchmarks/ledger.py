@@ -19,7 +19,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from fastmim_kernels.attention_tile import why_no_tile
+from fastmim_kernels.attention.tile import why_no_tile
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.op_facts import FREE, MANY, Op, Stage, attention_work, group_of, launches, memory, traffic
 from fastmim.engine.ranks import Ranks
 from fastmim.methods.base import Method, MethodConfig
-from fastmim.models import vit
+from fastmim.models import block
 from fastmim.models.vit import ViTConfig
 from fastmim.optim.groups import parameter_groups
 from fastmim.views import Batch
@@ -152,15 +152,19 @@ _other.register_autograd(
 @contextmanager
 def attention_that_serves() -> Iterator[None]:
     """Within, models call the tile kernels where they serve on a GPU, and a stand-in where they do not."""
-    real: Callable[..., Tensor] = vit.attention
+    real: Callable[..., Tensor] = block.attention
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, *, segments: Any = None, backend: Any = None) -> Tensor:
+    def attention(
+        q: Tensor, k: Tensor, v: Tensor, *, segments: Any = None, bias: Any = None, backend: Any = None
+    ) -> Tensor:
         lengths = (q.shape[1],) if segments is None else tuple(segments)
+        if bias is not None:
+            return real(q, k, v, segments=segments, bias=bias, backend="tile")
         if why_no_tile(lengths, q.shape[3], q.dtype, "cuda") is None:
             return real(q, k, v, segments=segments, backend="tile")
         return _other(q, k, v, list(lengths))
 
-    with patch.object(vit, "attention", attention):
+    with patch.object(block, "attention", attention):
         yield
 
 
@@ -169,7 +173,7 @@ def traced(method: MethodConfig, model: ViTConfig, batch: int, precision: str) -
     method.check_batch(batch, 1)
     with torch.device("meta"), attention_that_serves():
         built = method.build(model).to(PRECISIONS[precision])
-        built.ranks = Ranks.single()
+        built.share(Ranks.single())
         crops = tuple(torch.empty(batch, *v.size, model.channels, dtype=torch.uint8) for v in built.crops)
         numbers = torch.empty(batch, dtype=torch.int64)
         recorder = Recorder(built)
@@ -190,7 +194,7 @@ def listed(sizes: list[int], tensors: int) -> int:
 
 def update(method: Method, precision: str, engine: str) -> list[Op]:
     """Optimizer and teacher, one rank. DeepSpeed keeps fp32 values flat, and moves each gradient there."""
-    groups = parameter_groups(method.named_parameters(), weight_decay=0.05, decays=method.decays)
+    groups = parameter_groups(method.named_parameters(), weight_decay=0.05, group=method.group)
     sizes = [[p.numel() for p in group["params"]] for group in groups]
     flat = engine == "deepspeed"
     P, half, width = sum(map(sum, sizes)), precision == "bf16", PRECISIONS[precision].itemsize

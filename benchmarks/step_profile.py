@@ -175,7 +175,7 @@ def main(command: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     config, model = configured(a, a.method)
     method = config.build(model)
-    method.ranks = Ranks.single()
+    method.share(Ranks.single())
     errors = check_method(method, synthetic(method, model.channels, check_images(method), "cpu"), a.precision)
     if a.compile:
         method.compile(dynamic=False)

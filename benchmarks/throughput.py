@@ -348,7 +348,7 @@ def main(command: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     config, model = configured(a, a.method)
     method = config.build(model)
-    method.ranks = Ranks.single()  # for the check; the DeepSpeed engine has its own
+    method.share(Ranks.single())  # for the check; the DeepSpeed engine has its own
     few = synthetic(method, model.channels, check_images(method), "cpu")
     errors = {} if a.warm else check_method(method, few, a.precision)
     if a.compile:

@@ -27,10 +27,16 @@ import tyro
 
 from fastmim.engine.config import Run
 from fastmim.flags import field_of, is_on, value_of, with_absolute_paths, without
-from fastmim.models import VITS
-from fastmim.recipes import METHOD_RECIPES, SCALES, VARIANTS, Variant
+from fastmim.methods import METHODS
+from fastmim.methods.variants import Variant
+from fastmim.models import VITS, resized
+from fastmim.recipes import METHOD_RECIPES, SCALES, varied
 
 DEFAULT_METHOD = "mae"
+VARIANT_NAMES = tuple(sorted({name for method in METHODS.values() for name in method.variants}))
+VARIANT_HELP = "Another row of the method's tables. " + "; ".join(
+    f"{name}: {', '.join(method.variants)}" for name, method in METHODS.items() if method.variants
+)
 ONE_START = {"resume", "allow-changes", "print-config"}  # flags that say nothing of the run
 
 
@@ -44,8 +50,7 @@ class Command:
     run: Annotated[Run, tyro.conf.arg(name="")]
     method: Literal[tuple(METHOD_RECIPES)] = DEFAULT_METHOD  # type: ignore[valid-type]
     """What to train; its own choices are --method.* below"""
-    variant: Literal[tuple(sorted({n for names in VARIANTS.values() for n in names}))] | None = None  # type: ignore[valid-type]
-    """Another row of the method's tables, of mae or cmae: see fastmim/recipes.py"""
+    variant: Annotated[Literal[VARIANT_NAMES] | None, tyro.conf.arg(help=VARIANT_HELP)] = None  # type: ignore[valid-type]
     model: Literal[tuple(VITS)] | None = None  # type: ignore[valid-type]
     """Encoder size (by default the recipe's); patch and image size are --model.* below"""
     recipe: Literal[tuple(SCALES)] | None = None  # type: ignore[valid-type]
@@ -78,13 +83,14 @@ class Choices:
         scale = SCALES[one_of(SCALES, self.recipe, "recipe")]
         run = METHOD_RECIPES[one_of(METHOD_RECIPES, self.method, "method")]()
         if self.variant is not None:
-            run = variant_of(self.method, self.variant).of(run)
+            run = varied(run, variant_of(self.method, self.variant))
         run = scale(run)
         if self.model is None:
             return run
-        preset = VITS[one_of(VITS, self.model, "model")]
-        small = replace(preset, patch=run.model.patch, image_size=run.model.image_size)
-        return replace(run, model=preset if self.recipe == "imagenet" else small)
+        model = resized(run.model, one_of(VITS, self.model, "model"))
+        if self.recipe != "imagenet":  # the patch is that of its small images
+            model = replace(model, patch=run.model.patch)
+        return replace(run, model=model)
 
 
 def parse(arguments: Sequence[str], *, quiet: bool = False) -> tuple[Command, list[str]]:
@@ -143,7 +149,7 @@ def own_refusal(error: BaseException | None) -> ValueError | None:
 
 
 def variant_of(method: str, name: str) -> Variant:
-    known = VARIANTS.get(method, {})
+    known = METHODS[method].variants
     if not known:
         raise ValueError(f"variant: {method} has none, got {name!r}")
     return known[one_of(known, name, f"variant of {method}")]

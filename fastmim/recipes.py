@@ -1,21 +1,30 @@
 """Complete runs as functions. A run is a method's recipe, scaled to the data it is for.
 
-`METHOD_RECIPES` holds one run per method as its paper has it, on ImageNet-1k at 224 px. `VARIANTS` are the
-other rows of its tables, and `SCALES` turns any of them into a run for other data: `imagenet` leaves it as
-it is.
+`METHOD_RECIPES` holds one run per method as its paper has it, on ImageNet-1k at 224 px. The other rows of the
+papers' tables are the `variants` of each method's configuration. `SCALES` turns any of them into a run for
+other data: `imagenet` leaves it as it is.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from fastmim.engine.config import Run
-from fastmim.methods import CMAEConfig, CMAEHuangConfig, MAEConfig, RMAEConfig
-from fastmim.methods.base import MethodConfig
-from fastmim.models import VITS
+from fastmim.methods import (
+    CMAEConfig,
+    CMAEHuangConfig,
+    DINOConfig,
+    MAEConfig,
+    RMAEConfig,
+    SimMIMConfig,
+)
+from fastmim.methods.variants import Variant
+from fastmim.models import VITS, resized
 from fastmim.models.mae_decoder import DecoderConfig
-from fastmim.models.vit import ViTConfig
 from fastmim.optim import OptimConfig
+
+T = TypeVar("T")
 
 
 def mae() -> Run:
@@ -24,7 +33,15 @@ def mae() -> Run:
     deepspeed fastmim/train.py --method mae --data.path IMAGENET/train
     Expected: 83.1 % after fine-tuning. MAE's own runs: --batch 4096 --epochs 800 --optim.warmup-epochs 40.
     """
-    return Run(method=MAEConfig(), model=VITS["vit_base"], optim=OptimConfig(blr=1.5e-4, warmup_epochs=20.0))
+    return Run(
+        method=MAEConfig(mask_ratio=0.75, norm_pix=True, decoder=DecoderConfig(width=512, depth=8, heads=16)),
+        model=VITS["vit_base"],
+        optim=OptimConfig(
+            blr=1.5e-4, min_lr=0.0, warmup_epochs=20.0, betas=(0.9, 0.95), weight_decay=0.05, clip=0.0
+        ),
+        batch=1024,
+        epochs=100.0,
+    )
 
 
 def rmae() -> Run:
@@ -34,7 +51,17 @@ def rmae() -> Run:
     Expected: 82.7 % after fine-tuning. About three times the arithmetic of MAE: 198 encoder tokens
     instead of 50, two decodes.
     """
-    return Run(method=RMAEConfig(), model=VITS["vit_base"], optim=OptimConfig(blr=3.0e-4, warmup_epochs=20.0))
+    return Run(
+        method=RMAEConfig(
+            mask_ratio=0.75, relax_weight=1.0, decoder=DecoderConfig(width=512, depth=8, heads=16)
+        ),
+        model=VITS["vit_base"],
+        optim=OptimConfig(
+            blr=3.0e-4, min_lr=0.0, warmup_epochs=20.0, betas=(0.9, 0.95), weight_decay=0.05, clip=0.0
+        ),
+        batch=1024,
+        epochs=100.0,
+    )
 
 
 def cmae() -> Run:
@@ -44,7 +71,15 @@ def cmae() -> Run:
     Expected: 82.9 % after fine-tuning; with --epochs 400 83.1 %. About two and a half times the arithmetic of
     MAE: 197 encoder tokens with a gradient, 197 without.
     """
-    return Run(method=CMAEConfig(), model=VITS["vit_base"], optim=OptimConfig(blr=1.5e-4, warmup_epochs=20.0))
+    return Run(
+        method=CMAEConfig(mask_ratio=0.75, temperature=0.2, hidden=2048, out=768, ema=0.996),
+        model=VITS["vit_base"],
+        optim=OptimConfig(
+            blr=1.5e-4, min_lr=0.0, warmup_epochs=20.0, betas=(0.9, 0.95), weight_decay=0.05, clip=0.0
+        ),
+        batch=1024,
+        epochs=100.0,
+    )
 
 
 def cmae_huang() -> Run:
@@ -55,36 +90,88 @@ def cmae_huang() -> Run:
     of the target without a gradient, two more decoder blocks. --variant paper masks as the paper says.
     """
     return Run(
-        method=CMAEHuangConfig(),
+        method=CMAEHuangConfig(mask_ratio=0.65, temperature=0.07, hidden=1536, out=256, ema=0.996),
         model=VITS["vit_base"],
-        optim=OptimConfig(blr=1.5e-4, warmup_epochs=40.0, warmup_start=1e-4),
+        optim=OptimConfig(
+            blr=1.5e-4, min_lr=0.0, warmup_epochs=40.0, warmup_start=1e-4, betas=(0.9, 0.95),
+            weight_decay=0.05, clip=0.0,
+        ),
         batch=4096,
         epochs=300.0,
-    )
+    )  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class Variant:
-    """A row of a table of the paper: the fields of the method that it changes, and what to expect."""
+def simmim() -> Run:
+    """SimMIM ViT-B/16, 800 epochs (arXiv:2111.09886).
 
-    changes: Mapping[str, Any]
-    expected: str
+    deepspeed fastmim/train.py --method simmim --data.path IMAGENET/train
+    Expected: 83.8 % after fine-tuning. About twice the arithmetic of MAE: four times its encoder tokens, and
+    no decoder. --variant swin-base is Swin-B at 192 px, 100 epochs.
+    """
+    return Run(
+        method=SimMIMConfig(mask_unit=32, mask_ratio=0.6),
+        model=replace(
+            VITS["vit_base"], positions="relative", layer_scale=0.1, drop_path=0.1, qkv_bias="qv", init="beit"
+        ),
+        optim=OptimConfig(
+            blr=5e-5,  # the paper's 1e-4 is of 512 images
+            schedule="multistep", milestones=(700.0,), gamma=0.1, warmup_epochs=10.0, warmup_start=5e-3,
+            betas=(0.9, 0.999), weight_decay=0.05, clip=5.0,
+        ),
+        batch=2048,
+        epochs=800.0,
+    )  # fmt: skip
 
-    def of(self, run: Run) -> Run:
-        return replace(run, method=replace(run.method, **self.changes))
+
+def dino() -> Run:
+    """DINO ViT-B/16, 2 large and 8 small crops, 800 epochs, as released without extras (arXiv:2104.14294).
+
+    deepspeed fastmim/train.py --method dino --data.path IMAGENET/train
+    Expected: 82.8 % after fine-tuning (arXiv:2208.04164, Table 1). About seven times the arithmetic of MAE:
+    690 encoder tokens with a gradient and 394 without.
+    """
+    return Run(
+        method=DINOConfig(local_crops=8, out=65536, teacher_temperature=0.04, ema=0.996),
+        model=replace(VITS["vit_base"], positions="learned", drop_path=0.1, init="dino"),
+        optim=OptimConfig(
+            blr=5e-4, min_lr=1e-6, schedule="beit", warmup_epochs=10.0, betas=(0.9, 0.999), weight_decay=0.04,
+            weight_decay_end=0.4, clip=3.0, clip_per="tensor",
+        ),
+        batch=1024,
+        epochs=800.0,
+    )  # fmt: skip
 
 
-def with_parts(method: MethodConfig, decoder: DecoderConfig, model: ViTConfig) -> MethodConfig:
-    """The method with a pixel decoder of this size, and heads for this encoder, if it has them."""
-    if isinstance(method, MAEConfig):
-        return replace(method, decoder=decoder)
-    if isinstance(method, CMAEConfig):
-        return replace(method, hidden=4 * model.width, out=model.width)
-    if isinstance(method, CMAEHuangConfig):
-        return replace(
-            method, decoder=decoder, hidden=2 * model.width, out=model.width, shift=model.size[0] // 7 - 1
-        )
-    return method
+# --- variants -----------------------------------------------------------------------------------------
+
+
+def varied(run: Run, variant: Variant) -> Run:
+    """The run of another row of its paper's tables."""
+    run = replace(run, method=replace(run.method, **variant.changes))
+    return with_fields(run, variant.run)
+
+
+def with_fields(config: T, fields: Mapping[str, Any]) -> T:
+    """A configuration with fields replaced by their dotted names, those of one part all at once."""
+    parts: dict[str, dict[str, Any]] = {}
+    own: dict[str, Any] = {}
+    for name, value in fields.items():
+        part, dot, rest = name.partition(".")
+        if dot:
+            parts.setdefault(part, {})[rest] = value
+        else:
+            own[part] = value
+    own |= {part: with_fields(getattr(config, part), values) for part, values in parts.items()}
+    return dataclasses.replace(config, **own)  # type: ignore[type-var]
+
+
+# --- scales -------------------------------------------------------------------------------------------
+
+
+def of_length(run: Run, epochs: float) -> OptimConfig:
+    """The optimizer's settings for a run of other length, milestones in proportion."""
+    milestones = tuple(milestone * epochs / run.epochs for milestone in run.optim.milestones)
+    return replace(run.optim, milestones=milestones)
 
 
 def imagenet(run: Run) -> Run:
@@ -96,18 +183,15 @@ def cifar10(run: Run) -> Run:
     """32 px images: ViT-Ti with patch 4, so 64 patches, and a decoder of 4 blocks of width 128.
 
     deepspeed fastmim/train.py --method rmae --recipe cifar10 --data.path CIFAR10/train
-    C-MAE has the batch norm and the momentum of MoCo v3. Without any norm, as the paper has its heads, 1,000
-    steps of 32 kept to three or four dimensions, and read worse than first weights: batches here are small.
+    What else a method changes for small batches its configuration says: `MethodConfig.scales`.
     """
-    model = replace(VITS["vit_tiny"], patch=4, image_size=32)
-    method = with_parts(run.method, DecoderConfig(width=128, depth=4, heads=4), model)
-    if isinstance(method, CMAEConfig):
-        method = replace(method, head_norm="bn", ema=0.99)
+    model = replace(resized(run.model, "vit_tiny"), patch=4, image_size=32)
+    method = run.method.fit(model, DecoderConfig(width=128, depth=4, heads=4))
     return replace(
         run,
-        method=method,
+        method=replace(method, **method.scales.get("cifar10", {})),
         model=model,
-        optim=replace(run.optim, blr=4 * run.optim.blr, warmup_epochs=10.0),
+        optim=replace(of_length(run, 200.0), blr=4 * run.optim.blr, warmup_epochs=10.0),
         batch=256,
         epochs=200.0,
     )
@@ -118,12 +202,13 @@ def sample(run: Run) -> Run:
 
     deepspeed fastmim/train.py --method rmae
     """
-    model = replace(VITS["vit_tiny"], width=128, depth=6, heads=4, patch=8, image_size=64)
+    model = replace(run.model, width=128, depth=6, heads=4, patch=8, image_size=64)
+    method = run.method.fit(model, DecoderConfig(width=96, depth=2, heads=3))
     return replace(
         run,
-        method=with_parts(run.method, DecoderConfig(width=96, depth=2, heads=3), model),
+        method=replace(method, **method.scales.get("sample", {})),
         model=model,
-        optim=replace(run.optim, lr=2e-3, warmup_epochs=0.5),
+        optim=replace(of_length(run, 6.0), lr=2e-3, warmup_epochs=0.5),
         batch=64,
         epochs=6.0,
         save_every=100,
@@ -136,84 +221,7 @@ METHOD_RECIPES: dict[str, Callable[[], Run]] = {
     "rmae": rmae,
     "cmae": cmae,
     "cmae_huang": cmae_huang,
+    "simmim": simmim,
+    "dino": dino,
 }
 SCALES: dict[str, Callable[[Run], Run]] = {"imagenet": imagenet, "cifar10": cifar10, "sample": sample}
-
-
-# --- variants: `--method cmae --variant byol` ---------------------------------------------------------
-
-
-def columns_of_table_5(
-    color: Mapping[str, Any],
-    no_color: Mapping[str, Any],
-    no_mask: Mapping[str, Any],
-    accuracy: Mapping[str, float],
-) -> dict[str, Variant]:
-    """The crop alone (`plain`), and what is done to it besides, on its own and together.
-
-    deepspeed fastmim/train.py --method cmae --variant mask+cutmix --model vit_small --data.path IMAGENET-100
-    The accuracy is that of ViT-S on ImageNet-100 after 100 epochs of each; the order of the columns is
-    reconstructed, as the published table marks them by colors.
-    """
-    return {
-        name: Variant(
-            changes={
-                **(color if "color" in name else no_color),
-                **({} if "mask" in name else no_mask),
-                "cutmix": "cutmix" in name,
-            },
-            expected=f"{percent} % (ViT-S, ImageNet-100)",
-        )
-        for name, percent in accuracy.items()
-    }
-
-
-# arXiv:2208.04164: accuracy of ViT-B on ImageNet-1k after fine-tuning, 100 epochs of each
-MAE_VARIANTS = {
-    "color-whole": Variant(changes={"color": "whole"}, expected="83.1 % (Table 4)"),
-    "color-visible": Variant(changes={"color": "visible"}, expected="83.0 % (Table 4)"),
-    **columns_of_table_5(
-        color={"color": "visible"},
-        no_color={"color": "none"},
-        no_mask={"mask_ratio": 0.0},
-        accuracy={
-            "plain": 71.9, "mask": 87.1, "cutmix": 83.3, "color": 81.6, "mask+cutmix": 86.1,
-            "mask+color": 85.5, "cutmix+color": 83.8, "mask+cutmix+color": 86.4,
-        },
-    ),
-}  # fmt: skip
-NO_MASK_TOKEN = {"mask_token": False, "t2": "full"}
-CMAE_VARIANTS = {
-    "cls": Variant(changes={"compare": "cls"}, expected="82.5 % (Table 3)"),
-    "avg": Variant(changes={"compare": "avg"}, expected="82.6 % (Table 3)"),
-    "patch": Variant(changes={"compare": "patch"}, expected="82.9 % (Table 3): as without --variant"),
-    "patch+cls": Variant(changes={"compare": "patch+cls"}, expected="82.9 % (Table 3)"),
-    "byol": Variant(changes={"loss": "byol"}, expected="82.8 % (Table 4), less stable"),
-    "no-mask-token": Variant(changes=NO_MASK_TOKEN, expected="82.6 %, linear 56.2 % (Table 4)"),
-    "no-mask-token-byol": Variant(
-        changes={**NO_MASK_TOKEN, "loss": "byol"}, expected="82.5 %, linear 55.2 % (Table 4)"
-    ),
-    # the paper does not say what it compares without mask tokens: two other readings
-    "no-mask-token-independent": Variant(
-        changes={"mask_token": False, "t2": "independent"}, expected="not published"
-    ),
-    "no-mask-token-avg": Variant(changes={"mask_token": False, "compare": "avg"}, expected="not published"),
-    **columns_of_table_5(
-        color={"color": True},
-        no_color={"color": False},
-        no_mask={"mask_ratio": 0.0, "t2": "full"},
-        accuracy={
-            "plain": 80.0, "mask": 86.5, "cutmix": 83.5, "color": 82.8, "mask+cutmix": 86.9,
-            "mask+color": 86.8, "cutmix+color": 83.1, "mask+cutmix+color": 87.1,
-        },
-    ),
-}  # fmt: skip
-CMAE_HUANG_VARIANTS = {
-    "paper": Variant(changes={"mask": "uniform", "mask_ratio": 0.75}, expected="not published apart"),
-    "byol": Variant(changes={"loss": "byol"}, expected="below InfoNCE (arXiv:2207.13532)"),
-}
-VARIANTS: dict[str, dict[str, Variant]] = {
-    "mae": MAE_VARIANTS,
-    "cmae": CMAE_VARIANTS,
-    "cmae_huang": CMAE_HUANG_VARIANTS,
-}

@@ -30,7 +30,7 @@ LONGEST_FIRST = (
     "tests/engine/test_teacher.py",
     "tests/ops/test_machine_code.py",
     "tests/ops/test_info_nce.py",
-    "tests/ops/patch/test_instance.py",
+    "tests/ops/apply/test_instance.py",
     "tests/engine/test_kills.py",
     "tests/engine/test_siamese_methods.py",
     "tests/data/test_data_commands.py",

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from fastmim.arguments import parse
-from fastmim.methods import CMAEConfig
-from fastmim.recipes import VARIANTS
+from fastmim.methods import METHODS, CMAEConfig
 
 
 def run_of(*arguments: str):
@@ -15,9 +14,9 @@ def run_of(*arguments: str):
 
 
 def test_every_variant_is_a_run_that_can_be_built():
-    assert {"plain", "mask", "cutmix", "color", "mask+cutmix+color"} <= VARIANTS["mae"].keys()
-    for method, variants in VARIANTS.items():
-        for name, variant in variants.items():
+    assert {"plain", "mask", "cutmix", "color", "mask+cutmix+color"} <= METHODS["mae"].variants.keys()
+    for method, config in METHODS.items():
+        for name, variant in config.variants.items():
             assert variant.expected
             run = run_of("--method", method, "--variant", name)
             assert {k: getattr(run.method, k) for k in variant.changes} == dict(variant.changes)
@@ -25,7 +24,7 @@ def test_every_variant_is_a_run_that_can_be_built():
                 assert run.method.build(run.model).encoder.config == run.model
 
 
-@pytest.mark.parametrize("name", VARIANTS["cmae"])
+@pytest.mark.parametrize("name", METHODS["cmae"].variants)
 def test_a_variant_without_mask_tokens_is_called_so_and_no_other(name):
     method = run_of("--method", "cmae", "--variant", name).method
     assert method.mask_token == (not name.startswith("no-mask-token"))
@@ -36,7 +35,7 @@ def test_a_variant_without_mask_tokens_is_called_so_and_no_other(name):
 
 @pytest.mark.parametrize("method", ["mae", "cmae"])
 def test_the_columns_of_table_5_are_what_they_say(method):
-    columns = {n: v for n, v in VARIANTS[method].items() if "ImageNet-100" in v.expected}
+    columns = {n: v for n, v in METHODS[method].variants.items() if "ImageNet-100" in v.expected}
     assert len(columns) == 8
     for name in columns:
         m = run_of("--method", method, "--variant", name).method

@@ -63,7 +63,7 @@ def open_work(name: str, folder: Path, a: argparse.Namespace, stack: ExitStack) 
     config, model = configured(a, name)
     torch.manual_seed(0)
     method = config.build(model)
-    method.ranks = Ranks.single()  # the DeepSpeed engine has its own
+    method.share(Ranks.single())  # the DeepSpeed engine has its own
     engine = make_engine(method, config, model, a)
     images = find_images(folder)
     loader = Loader(

@@ -176,7 +176,7 @@ def main(
     torch.manual_seed(0)
     config, model = configured(a, of)
     method: Any = config.build(model)
-    method.ranks = Ranks.single()
+    method.share(Ranks.single())
     small = synthetic(method, model.channels, check_images(method), "cpu")
     errors: dict[str, float] = {}
     rivals: dict[str, AutocastEngine] = {}

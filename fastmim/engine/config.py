@@ -118,6 +118,11 @@ def make_plan(run: Run, images: Images, *, world: int, device: Literal["cuda", "
             f"{run.accumulate} each meets {micro_batch * world - 1} others, not {run.batch - 1}, which is "
             "another loss than without"
         )
+    if run.optim.milestones and run.optim.milestones[-1] * steps_per_epoch >= total:
+        raise ValueError(
+            f"optim.milestones: want epochs before the end of the run, {total / steps_per_epoch:g}, got "
+            f"{run.optim.milestones}: the learning rate would never be lowered"
+        )
     warmup = run.optim.warmup_epochs * steps_per_epoch
     if warmup >= total:
         warmup = WARMUP_SHARE * total
@@ -170,8 +175,8 @@ def run_facts(run: Run, plan: Plan, images: Images) -> dict[str, Any]:
         name: config[name] for name in ("method", "model", "optim", "batch", "accumulate", "seed", "zero")
     }
     facts["model"].pop("attention")  # the same numbers up to rounding
-    if run.optim.warmup_start == 0:  # otherwise absent, as from checkpoints that know of no other start
-        facts["optim"].pop("warmup_start")
+    for part in ("model", "optim"):
+        leave_out_defaults(facts[part], getattr(run, part))
     facts |= {"world": plan.world, "precision": plan.precision, "total_steps": plan.total_steps}
     facts["data"] = {
         "images": len(images),
@@ -182,6 +187,20 @@ def run_facts(run: Run, plan: Plan, images: Images) -> dict[str, Any]:
     if plan.num_samples != len(images):  # otherwise absent, as from checkpoints that know of no repeats
         facts["data"]["epoch_images"] = plan.num_samples
     return facts
+
+
+LATER = {  # fields that checkpoints may not know of: facts where they are as they were before there was such
+    "model": ("positions", "layer_scale", "drop_path", "qkv_bias", "final_norm", "init"),
+    "optim": ("warmup_start", "clip_per", "schedule", "milestones", "gamma", "weight_decay_end"),
+}
+
+
+def leave_out_defaults(facts: dict[str, Any], config: Any) -> None:
+    """Take from the facts of a configuration the later fields that have their defaults."""
+    later = {name for names in LATER.values() for name in names}
+    for known in dataclasses.fields(config):
+        if known.name in later and getattr(config, known.name) == known.default:
+            facts.pop(known.name)
 
 
 def fingerprint(facts: dict[str, Any]) -> str:

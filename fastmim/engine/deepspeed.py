@@ -15,6 +15,7 @@ import torch.distributed as dist
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -88,7 +89,7 @@ def deepspeed_dictionary(run: Run, plan: Plan) -> dict[str, Any]:
         "train_batch_size": run.batch,
         "train_micro_batch_size_per_gpu": plan.micro_batch,
         "gradient_accumulation_steps": run.accumulate,
-        "gradient_clipping": run.optim.clip,  # 1.0 if unwritten, since DeepSpeed 0.19.3
+        "gradient_clipping": 0.0,  # 1.0 if unwritten, since DeepSpeed 0.19.3; clip.py does it without a wait
         "prescale_gradients": False,
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
@@ -127,19 +128,28 @@ def deepspeed_dictionary(run: Run, plan: Plan) -> dict[str, Any]:
 
 
 def needs_gradient_norm(run: Run, sums_in_fp32: bool) -> bool:
-    """Whether clipping reads the norm of the gradients, or DeepSpeed does not go without it."""
-    return run.optim.clip > 0 or run.zero not in (1, 2) or sums_in_fp32
+    """Whether DeepSpeed does not go without the norm of the gradients, which nothing here reads."""
+    return run.zero not in (1, 2) or sums_in_fp32
 
 
-def wrap(method: Method, run: Run, plan: Plan) -> deepspeed.DeepSpeedEngine:
-    """The method under DeepSpeed, with its optimizer."""
-    groups = parameter_groups(
+def groups_of(method: Method, run: Run) -> list[dict[str, Any]]:
+    """The method's parameters as its optimizer groups them."""
+    return parameter_groups(
         method.named_parameters(),
         weight_decay=run.optim.weight_decay,
         layer_decay=run.optim.layer_decay,
         depth=run.model.depth,
-        decays=method.decays,
+        group=method.group,
     )
+
+
+def wrap(method: Method, run: Run, plan: Plan) -> tuple[deepspeed.DeepSpeedEngine, list[dict[str, Any]]]:
+    """The method under DeepSpeed, with its optimizer, and the groups that this was made of."""
+    groups = groups_of(method, run)
+    # apart, for DeepSpeed puts shards in the place of the parameters
+    # apart, for DeepSpeed puts shards in the place of the parameters
+    # apart, for DeepSpeed puts shards in the place of the parameters
+    kept = [{**group, "params": list(group["params"])} for group in groups]
     by_deepspeed = run.optim.name == "deepspeed"
     engine, *_ = deepspeed.initialize(
         model=method,
@@ -150,7 +160,39 @@ def wrap(method: Method, run: Run, plan: Plan) -> deepspeed.DeepSpeedEngine:
     )
     if plan.world == 1:
         leave_gradients_in_place(engine)
-    return engine
+    forget_first_step(engine)
+    hold_frozen(engine, kept)
+    return engine, kept
+
+
+def forget_first_step(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Let the first step be the first: in bf16 without ZeRO DeepSpeed takes one of zero gradients before it.
+
+    It makes the moments so, which the real first step makes as well; their correction for a cold start would
+    be one step ahead.
+    """
+    if isinstance(engine.optimizer, FP16_Optimizer | FP16_UnfusedOptimizer):
+        engine.optimizer.optimizer.state.clear()
+
+
+def hold_frozen(engine: deepspeed.DeepSpeedEngine, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Let the optimizer pass by groups that `set_rates` has said are frozen: no decay, no moments, no count.
+
+    An optimizer passes by what has no gradient. DeepSpeed steps one group at a time in ZeRO: by its name it
+    is known.
+    """
+    engine.frozen_groups = set()
+    if not any(group["frozen_epochs"] for group in groups):
+        return
+
+    def without_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            if group["name"] in engine.frozen_groups:
+                for p in group["params"]:
+                    p.grad = None
+
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)  # the one that DeepSpeed wraps
+    inner.register_step_pre_hook(without_gradients)
 
 
 def leave_gradients_in_place(engine: deepspeed.DeepSpeedEngine) -> None:
@@ -160,6 +202,17 @@ def leave_gradients_in_place(engine: deepspeed.DeepSpeedEngine) -> None:
     elif isinstance(engine.optimizer, DeepSpeedZeroOptimizer):  # ZeRO 1 and 2: what surrounds it must stay
         engine.optimizer.buffered_reduce_fallback = lambda *_, **__: None
     # ZeRO 3 takes its shards from the reduction, and DeepSpeed's BF16_Optimizer rounds fp32 sums in it
+
+
+def backward(engine: deepspeed.DeepSpeedEngine, loss: Tensor) -> None:
+    """Add the gradients of a micro-batch's loss to those of its step.
+
+    DeepSpeed 0.19.8's BF16_Optimizer adds bf16 gradients to its fp32 sums after each micro-batch and leaves
+    them in their place, where the next adds its own: the first of two would count twice.
+    """
+    engine.backward(loss)
+    if isinstance(engine.optimizer, BF16_Optimizer):
+        engine.optimizer.clear_lp_grads()
 
 
 def save_shards(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
@@ -185,9 +238,24 @@ def save_shards(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
         raise failures[0]
 
 
-def set_learning_rate(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:
+def set_rates(
+    engine: deepspeed.DeepSpeedEngine,
+    groups: Sequence[Mapping[str, Any]],
+    rates: Mapping[str | None, float],
+    decay: float,
+    epoch: int,
+) -> None:
+    """Give each group its learning rate, by the schedule that it names or the run's (None), and its decay.
+
+    `groups` are those of `wrap`: what a checkpoint has of them need not have every word.
+    """
+    asked = {group["name"]: group for group in groups}
+    engine.frozen_groups = {name for name, group in asked.items() if epoch < group["frozen_epochs"]}
     for group in engine.optimizer.param_groups:
-        group["lr"] = rate * group["lr_scale"]
+        of = asked[group["name"]]
+        group["lr"] = rates[of["schedule"]] * of["lr_scale"]
+        if of["decays"]:
+            group["weight_decay"] = decay
 
 
 # --- weights and shards of weights ------------------------------------------------------------------

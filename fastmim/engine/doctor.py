@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from fastmim_kernels import native
 from fastmim_kernels.attention import choose_attention, obstacles
-from fastmim_kernels.attention_xformers import serving
+from fastmim_kernels.attention.memory_efficient import serving
 
 PACKAGES = (
     "fastmim", "torch", "triton", "numpy", "xformers", "mslk-cuda", "deepspeed", "nvidia-dali-cuda130",

@@ -68,11 +68,14 @@ class Metrics:
         self.diagnose, self.warned = diagnose, False
         self.restart_clock()
 
-    def add(self, step: int, rate: float, outputs: Sequence[Output], left: Tensor) -> None:
-        """Take the outputs of one step's micro-batches, and what `Finite` saw. No transfer, no wait."""
+    def add(self, step: int, rate: float, outputs: Sequence[Output], norm: Tensor, left: Tensor) -> None:
+        """Take the outputs of one step's micro-batches, the norm of its gradients, and what `Finite` saw.
+
+        No transfer, no wait.
+        """
         rows = [{"loss": o.loss.detach(), **o.metrics} for o in outputs]
         means = {name: torch.stack([row[name].float() for row in rows]).mean() for name in rows[0]}
-        self.pending.append((step, rate, means, left))
+        self.pending.append((step, rate, {**means, "grad_norm": norm}, left))
 
     def due(self, step: int) -> bool:
         return step % self.log_every == 0

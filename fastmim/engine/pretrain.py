@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -168,8 +168,8 @@ def train(p: Prepared, *, arguments: list[str] | None = None) -> None:
         describe(p)
     ours = p.run.run_dir is None or not p.run_dir.exists()
     with no_empty_folder_left(p.run_dir, ours=ours):
-        p.method.ranks = ranks
-        engine = wrap(p.method, p.run, p.plan)
+        p.method.share(ranks)
+        engine, groups = wrap(p.method, p.run, p.plan)
         teacher = Teacher(engine, ranks)
         start_step = load(engine, teacher, p.found, ranks) if p.found else 0
         with loader_of(p, start_step) as loader:  # the last that may refuse: only now is anything written
@@ -178,7 +178,7 @@ def train(p: Prepared, *, arguments: list[str] | None = None) -> None:
                 lambda: write_configuration(p.run_dir, content), "writing config.json", CheckpointError
             )
             batches = iter(loader)
-            train_steps(p, engine, teacher, batches, start_step)
+            train_steps(p, engine, groups, teacher, batches, start_step)
             state = whole_state(engine, teacher.values())
             if ranks.is_main:
                 write_results(p.run, p.run_dir, state, next(batches))
@@ -186,7 +186,12 @@ def train(p: Prepared, *, arguments: list[str] | None = None) -> None:
 
 
 def train_steps(
-    p: Prepared, engine: "DeepSpeedEngine", teacher: Teacher, batches: Iterator[Batch], start_step: int
+    p: Prepared,
+    engine: "DeepSpeedEngine",
+    groups: Sequence[Mapping[str, Any]],
+    teacher: Teacher,
+    batches: Iterator[Batch],
+    start_step: int,
 ) -> None:
     """Every step that is left, with its metrics and checkpoints."""
     need_bytes = checkpoint_bytes(p.method, p.run, p.plan)
@@ -205,7 +210,9 @@ def train_steps(
         log.info("checkpoint %s", path)
 
     try:
-        train_loop(engine, teacher, batches, metrics, save, run=p.run, plan=p.plan, start_step=start_step)
+        train_loop(
+            engine, groups, teacher, batches, metrics, save, run=p.run, plan=p.plan, start_step=start_step
+        )
     finally:
         metrics.close()
 

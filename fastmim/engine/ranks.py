@@ -96,6 +96,18 @@ class Ranks:
         dist.all_gather(rows, x)
         return torch.cat(rows)
 
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean of every rank's tensor, without gradient; of the same shape and dtype on all of them.
+
+        For tensors of a training step, over the default group.
+        """
+        x = x.detach()
+        if self.world == 1:
+            return x
+        total = x.clone()
+        dist.all_reduce(total)
+        return total / self.world
+
     def all_succeed(self, fn: Callable[[], T], what: str, raises: type[Exception] = RankError) -> T:
         """`fn()` on this rank, once it has succeeded on every rank.
 

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastmim.models.tokens import Tokens
 from fastmim.models.vit import Encoder
 
 Feature = Literal["cls", "mean"]
@@ -19,9 +20,8 @@ def features_of(encoder: Encoder, batches: Iterable[Tensor], device: torch.devic
     """Both features, fp32 `[N, D]` on `device`, of uint8 images `[B, H, W, C]` in batches on any device."""
     encoder = encoder.to(device).eval()
     found: dict[Feature, list[Tensor]] = {"cls": [], "mean": []}
-    everything_N = torch.arange(encoder.config.num_patches, device=device)
     for image_BHWC in batches:
-        z_BTD = encoder(image_BHWC.to(device), everything_N.expand(len(image_BHWC), -1)).float()
+        z_BTD = encoder(Tokens(image_BHWC.to(device))).tokens_BTD.float()
         found["cls"].append(z_BTD[:, 0])
         found["mean"].append(z_BTD[:, 1:].mean(1))
     return {name: torch.cat(parts) for name, parts in found.items()}

@@ -3,12 +3,16 @@
 from fastmim.methods.base import MethodConfig
 from fastmim.methods.cmae import CMAEConfig
 from fastmim.methods.cmae_huang import CMAEHuangConfig
+from fastmim.methods.dino import DINOConfig
 from fastmim.methods.mae import MAEConfig
 from fastmim.methods.rmae import RMAEConfig
+from fastmim.methods.simmim import SimMIMConfig
 
 METHODS: dict[str, type[MethodConfig]] = {
     "mae": MAEConfig,  # He et al., arXiv:2111.06377
     "rmae": RMAEConfig,  # Kong & Zhang, arXiv:2208.04164
     "cmae": CMAEConfig,  # Kong & Zhang, arXiv:2208.04164
     "cmae_huang": CMAEHuangConfig,  # Huang et al., arXiv:2207.13532
+    "simmim": SimMIMConfig,  # Xie et al., arXiv:2111.09886
+    "dino": DINOConfig,  # Caron et al., arXiv:2104.14294
 }

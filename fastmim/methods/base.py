@@ -2,48 +2,66 @@
 
     L = E over x of M(f(T1(x)), f(T2(x)))                        Kong & Zhang, arXiv:2208.04164, Eq. 1
 
-    method      views of a sample        T1 sees            second branch              M
+    method      crops of a sample        T1 sees            second branch              M
     mae         one crop                 25 % of patches    the pixels                 l2 to hidden pixels
     rmae        one crop                 25 %               f on the other 75 %        l2 of decodes, anchor
     cmae        one crop, two colors    25 %, mask tokens  EMA of f, other 75 %       InfoNCE per token
     cmae_huang  a crop and its shift     35 %               EMA of f on all            l2, InfoNCE of pools
     simmim      one crop                 40 %, mask tokens  the pixels                 l1 to hidden pixels
     beit        one box, two sizes       60 %, mask tokens  a frozen tokenizer         cross entropy
-    ibot        2 large, 10 small crops  mask tokens        EMA of f on whole crops    cross entropy, centerd
+    ibot        2 large, 10 small crops  mask tokens        EMA of f on whole crops    cross entropy, centered
     data2vec    one crop                 40 %, mask tokens  EMA of f, several blocks   smooth l1
     mocov3      two crops                all                EMA of f on the other      InfoNCE across ranks
-    dino        2 large, 8 small crops   all                EMA of f on large crops    cross entropy, centerd
+    dino        2 large, 8 small crops   all                EMA of f on large crops    cross entropy, centered
     cae         one box, two sizes       25 %               f itself; a tokenizer      cross entropy, l2
 
-A method sees three things: the uint8 views and sample keys of a `Batch`; index tensors of fixed size for
-what is visible and what is scored, drawn from the keys; and `ranks`, through which contrastive methods
-gather the keys of other ranks. It owns every parameter that it trains, and its teacher if it has one,
-whose parameters carry requires_grad=False. The engine calls `forward`, moves the `averages` after each step,
-hands the `views` to the data and keeps `encoder` when training ends. It knows nothing else of a method.
+A method sees three things: the uint8 crops and the seeds of a `Batch`; index tensors for what is visible and
+what is scored, drawn from the seeds; and `ranks`, through which it gathers keys, or takes means, over the
+whole batch. It owns every parameter that it trains, and its teacher if it has one, whose parameters carry
+requires_grad=False. The engine calls `forward`, moves the `averages` after each step, hands the `crops` to
+the data and keeps `encoder` when training ends. It knows nothing else of a method.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
+from fastmim.group import Group
+from fastmim.methods.variants import Variant
+from fastmim.methods.work import Work
+from fastmim.models.mae_decoder import DecoderConfig
 from fastmim.models.vit import ViTConfig
+from fastmim.ranks import ALONE, AcrossRanks
 from fastmim.views import Batch, Crop
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
-    """Choices of one method; a subclass names its fields."""
+    """Choices of one method, and the facts of it that others derive theirs from; subclasses name fields."""
 
     name: ClassVar[str]
     couples_batch: ClassVar[bool] = False  # whether the loss of an image depends on the others beside it
+    variants: ClassVar[Mapping[str, Variant]] = {}  # other rows of the paper's tables: --variant
+    scales: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # by --recipe: fields that it changes beside sizes
 
     def check_batch(self, micro_batch: int, ranks: int) -> None:
         """ValueError if the method cannot work on micro-batches of this many images on each of the ranks."""
 
+    def fit(self, model: ViTConfig, decoder: DecoderConfig) -> Self:
+        """The same method for a small encoder: heads and crops in proportion, a decoder of this size."""
+        return self
+
+    def work(self, model: ViTConfig) -> Work:
+        """The matrix products of one image's step, as the paper computes them."""
+        raise NotImplementedError(f"{self.name} does not say what it computes: {type(self).__name__}.work")
+
     def build(self, model: ViTConfig) -> "Method":
-        """Make the method for an encoder of this size, initialized from torch's global generator."""
+        """Make the method for an encoder of this size, initialized from torch's global generator.
+
+        ValueError for an encoder it cannot have, and for files of frozen modules that are not there.
+        """
         raise NotImplementedError
 
 
@@ -63,32 +81,31 @@ class Reconstruction:
     norm_pix: bool  # whether it predicts patch-normalized values
 
 
-class AcrossRanks(Protocol):
-    """The ranks that share the batch, for methods whose loss looks across it."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def world(self) -> int: ...
-
-    def gather(self, x: Tensor) -> Tensor:
-        """`[B, ...]` of every rank as `[world * B, ...]`, in rank order, without gradient."""
-
-
 class Method(nn.Module):
     """One pre-training objective."""
 
+    config: MethodConfig
+    model: ViTConfig
     encoder: nn.Module  # f: what is kept when pre-training ends
     crops: tuple[Crop, ...]  # what it asks of the data, in this order
-    ranks: AcrossRanks  # set by the engine before the first step
+    ranks: AcrossRanks = ALONE  # those that share the batch, from the engine before the first step
+    frozen: Mapping[
+        str, nn.Module
+    ] = {}  # tokenizers: placed by the engine; not trained, cast, sharded, saved
 
     def forward(self, batch: Batch) -> Output:
         raise NotImplementedError
 
-    def decays(self, name: str, parameter: nn.Parameter) -> bool | None:
-        """Whether weight decay applies to this parameter; None leaves it to MAE's 1-D rule."""
-        return None
+    def share(self, ranks: AcrossRanks) -> None:
+        """Work on the batch that these ranks share, as does every module that looks across ranks."""
+        self.ranks = ranks
+        for module in self.modules():
+            if module is not self and hasattr(module, "ranks"):
+                module.ranks = ranks  # type: ignore[assignment]
+
+    def group(self, name: str, parameter: nn.Parameter) -> Group:
+        """How the optimizer treats this parameter; as it treats all others unless something else is said."""
+        return Group()
 
     def averages(self) -> Sequence[tuple[nn.Module, nn.Module]]:
         """(teacher, student) modules of this method: every parameter of a teacher follows the student's.

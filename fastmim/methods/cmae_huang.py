@@ -16,21 +16,26 @@ Source  Huang et al., arXiv:2207.13532; ZhichengHuang/CMAE. Where they differ th
 Shapes  B images of this rank, G of all ranks; K visible and L hidden of N patches; E = 256 values compared.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal, Self
 
 import torch
 from fastmim_kernels import split_patches, split_patches_grouped
 from torch import Tensor, nn
 
+from fastmim.group import Group
 from fastmim.methods.base import Method, MethodConfig, Output, Reconstruction
-from fastmim.methods.cmae_loss import Keys, compare_tokens
+from fastmim.methods.contrast import Keys, compare_tokens
 from fastmim.methods.health import collapse, health
-from fastmim.methods.mae import check_ratio, num_seen_checked, pixel_loss
+from fastmim.methods.losses import pixel_loss
+from fastmim.methods.masking import check_ratio, num_seen_checked
+from fastmim.methods.targets import teacher_of
+from fastmim.methods.variants import Variant
+from fastmim.methods.work import Linear, Stack, Work, head_work
 from fastmim.models.heads import Head
 from fastmim.models.mae_decoder import Decoder, DecoderConfig
+from fastmim.models.tokens import Tokens
 from fastmim.models.vit import Encoder, ViTConfig
 from fastmim.views import SIMSIAM, Batch, Crop
 
@@ -43,6 +48,10 @@ class CMAEHuangConfig(MethodConfig):
 
     name: ClassVar[str] = "cmae_huang"
     couples_batch: ClassVar[bool] = True
+    variants: ClassVar = {
+        "paper": Variant(changes={"mask": "uniform", "mask_ratio": 0.75}, expected="not published apart"),
+        "byol": Variant(changes={"loss": "byol"}, expected="below InfoNCE (arXiv:2207.13532)"),
+    }
     mask: Literal["grouped", "uniform"] = "grouped"
     """What is hidden together: cells of 2 x 2 patches, or single patches"""
     mask_ratio: float = 0.65
@@ -89,11 +98,37 @@ class CMAEHuangConfig(MethodConfig):
         if micro_batch * ranks < 2:
             raise ValueError("batch: cmae_huang compares images with one another, want at least 2, got 1")
 
+    def fit(self, model: ViTConfig, decoder: DecoderConfig) -> Self:
+        hidden, shift = 2 * model.width, model.size[0] // 7 - 1
+        return replace(self, decoder=decoder, hidden=hidden, out=model.width, shift=shift)
+
+    def work(self, model: ViTConfig) -> Work:
+        """MAE, a second decoder and two heads; a target branch on all patches without a gradient."""
+        N, P, D, d = model.num_patches, model.patch_values, model.width, self.decoder.width
+        h, out, tokens = self.hidden, self.out, 1 + checked_num_seen(self, model)
+        return Work(
+            stacks=(
+                Stack((tokens,), D, model.depth),
+                Stack((1 + N,), d, self.decoder.depth + self.feature_depth),
+                Stack((self.target_cls + N,), D, model.depth, trained=False),
+            ),
+            others=(
+                Linear(N, P, D, input_gradient=False),
+                Linear(N, P, D, input_gradient=False, trained=False),
+                *(x for n_out in (P, D) for x in (Linear(tokens, D, d), Linear(1 + N, d, n_out))),
+                *head_work(1, (D, h, out)),
+                *head_work(1, (out, h, out)),
+                *head_work(1, (D, h, out), trained=False),
+            ),
+        )
+
     def build(self, model: ViTConfig) -> "CMAEHuang":
         return CMAEHuang(self, model)
 
 
 class CMAEHuang(Method):
+    config: CMAEHuangConfig
+
     def __init__(self, config: CMAEHuangConfig, model: ViTConfig):
         super().__init__()
         self.config, self.model = config, model
@@ -116,8 +151,8 @@ class CMAEHuang(Method):
         self.feature_decoder = Decoder(feature, model, out=D)
         self.projector = head(D, c.hidden, c.out)
         self.predictor = head(c.out, c.hidden, c.out)
-        self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
-        self.target_projector = copy.deepcopy(self.projector).requires_grad_(False)
+        self.target_encoder = teacher_of(self.encoder)
+        self.target_projector = teacher_of(self.projector)
 
     def averages(self) -> Sequence[tuple[nn.Module, nn.Module]]:
         return (self.target_encoder, self.encoder), (self.target_projector, self.projector)
@@ -125,23 +160,23 @@ class CMAEHuang(Method):
     def momentum(self, progress: float) -> float:
         return self.config.ema
 
-    def decays(self, name: str, parameter: nn.Parameter) -> bool | None:
+    def group(self, name: str, parameter: nn.Parameter) -> Group:
         tokens = ("cls_token", "mask_token", "pos_embed")
         if name.endswith((".bias", *tokens)):
-            return False
-        return parameter.ndim > 1 or name.startswith(("projector.", "predictor."))
+            return Group(decay=False)
+        return Group(decay=parameter.ndim > 1 or name.startswith(("projector.", "predictor.")))
 
     def forward(self, batch: Batch) -> Output:
         c = self.config
         image_BHWC, target_BHWC = batch.crops
         seen_BK, hidden_BL = self.split(batch.seeds_B)
-        z_BTD = self.encoder(image_BHWC, seen_BK)
+        z_BTD = self.encoder(Tokens(image_BHWC, seen_BK)).tokens_BTD
         (pred_BLP,) = self.decoder(z_BTD, (seen_BK,), hidden_BL)
         pixels = pixel_loss(pred_BLP, image_BHWC, hidden_BL, self.model, normalize=c.norm_pix).mean()
 
         (y_BD,) = self.feature_decoder(z_BTD, (seen_BK,), pool=True)
         q_BE = self.predictor(self.projector(y_BD))
-        k_BE = self.target(target_BHWC, batch.seeds_B).to(q_BE.dtype)
+        k_BE = self.target(target_BHWC).to(q_BE.dtype)
         contrast, metrics = compare_tokens(
             q_BE[:, None], Keys(k_BE[:, None]), self.ranks, None, distance=c.loss, negatives="batch",
             temperature=c.temperature, scale=2 * c.temperature if c.loss_scale == "2tau" else 1.0,
@@ -157,20 +192,19 @@ class CMAEHuang(Method):
         return split_patches_grouped(seeds_B, self.model.grid, GROUP, (N - self.num_seen) // GROUP**2)
 
     @torch.no_grad()
-    def target(self, image_BHWC: Tensor, seeds_B: Tensor) -> Tensor:
+    def target(self, image_BHWC: Tensor) -> Tensor:
         """p' of the mean of all patches, as the last block leaves them. `[B, E]`."""
-        everything_BN = torch.arange(self.model.num_patches, device=seeds_B.device).expand(len(seeds_B), -1)
-        z_BTD = self.target_encoder(
-            image_BHWC, everything_BN, class_token=self.config.target_cls, final_norm=False
-        )
-        patches_BND = z_BTD[:, 1:] if self.config.target_cls else z_BTD
+        cls = self.config.target_cls
+        z_BTD = self.target_encoder(Tokens(image_BHWC), class_token=cls, final_norm=False).tokens_BTD
+        patches_BND = z_BTD[:, 1:] if cls else z_BTD
         return self.target_projector(patches_BND.mean(1, dtype=torch.float32))
 
     @torch.no_grad()
     def reconstruct(self, batch: Batch) -> Reconstruction:
         image_BHWC = batch.crops[0]
         seen_BK, _ = self.split(batch.seeds_B)
-        (pred_BNP,) = self.decoder(self.encoder(image_BHWC, seen_BK), (seen_BK,))
+        z = self.encoder(Tokens(image_BHWC, seen_BK))
+        (pred_BNP,) = self.decoder(z.tokens_BTD, (seen_BK,))
         return Reconstruction(image_BHWC, seen_BK, pred_BNP, self.config.norm_pix)
 
     def diagnose(self, row: Mapping[str, float]) -> str | None:

@@ -6,7 +6,7 @@
                           1 for random directions, 0 where all images look the same
     feature_rank          tr(C)^2 / tr(C^2) of the same rows, C their covariance: how many directions they use
 
-What depends on the position alone, and on no image, counts as nothing: rows are centerd at each position.
+What depends on the position alone, and on no image, counts as nothing: rows are centered at each position.
 
 Source  deviation: SimSiam, arXiv:2011.10566, Section 4; the ratio of traces is the participation ratio, an
         effective rank without eigenvalues, whose solvers wait for the host.

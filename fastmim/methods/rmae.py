@@ -21,20 +21,21 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from fastmim_kernels import norm_pix_loss, split_patches
+from fastmim_kernels import norm_pix_loss, num_seen, split_patches
 from torch import Tensor
 
 from fastmim.methods.base import Output
-from fastmim.methods.mae import MAE, MAEConfig, check_ratio, num_seen_checked, scored_mean
+from fastmim.methods.losses import scored_mean
+from fastmim.methods.masking import SECOND_DRAW, check_ratio, num_seen_checked
+from fastmim.methods.pixels import PixelConfig, PixelMethod
 from fastmim.models.mae_decoder import Decoder
-from fastmim.models.vit import ViTConfig, split_views
+from fastmim.models.tokens import Encoded, Tokens
+from fastmim.models.vit import ViTConfig
 from fastmim.views import Batch
-
-SECOND_DRAW = 1  # the random stream of T2's own mask; T1 has stream 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class RMAEConfig(MAEConfig):
+class RMAEConfig(PixelConfig):
     """R-MAE of Kong & Zhang (arXiv:2208.04164)."""
 
     name: ClassVar[str] = "rmae"
@@ -56,11 +57,16 @@ class RMAEConfig(MAEConfig):
         if self.relax_weight < 0:
             raise ValueError(f"method.relax-weight: want 0 or more, got {self.relax_weight}")
 
+    def seen_counts(self, num_patches: int) -> tuple[int, ...]:
+        N, first = num_patches, num_seen(num_patches, self.mask_ratio)
+        second = {"complement": N - first, "full": N, "independent": num_seen(N, self.t2_ratio)}
+        return first, second[self.t2]
+
     def build(self, model: ViTConfig) -> "RMAE":
         return RMAE(self, model)
 
 
-class RMAE(MAE):
+class RMAE(PixelMethod):
     config: RMAEConfig
 
     def __init__(self, config: RMAEConfig, model: ViTConfig):
@@ -73,8 +79,8 @@ class RMAE(MAE):
         shown_BHWC, target_BHWC, _ = self.images(batch)
         seen1_BK, seen2_BK, scored_BL, weight_BL = self.transform(batch.seeds_B)
 
-        z_BTD = self.encoder(shown_BHWC, seen1_BK, seen2_BK)
-        pred1_BLP, pred2_BLP = self.decode(z_BTD, (seen1_BK, seen2_BK), scored_BL)
+        z = self.encoder(Tokens(shown_BHWC, seen1_BK), Tokens(shown_BHWC, seen2_BK))
+        pred1_BLP, pred2_BLP = self.decode(z, (seen1_BK, seen2_BK), scored_BL)
 
         target_BLP = pred2_BLP.detach() if self.config.detach_target == "distance" else pred2_BLP
         distance_M = norm_pix_loss(pred1_BLP.flatten(0, 1), target_BLP.flatten(0, 1), normalize=False)
@@ -97,11 +103,11 @@ class RMAE(MAE):
         shown2_BN = torch.zeros(len(seeds_B), N, device=seeds_B.device).scatter_(1, seen2_BK, 1.0)
         return seen1_BK, seen2_BK, hidden1_BL, shown2_BN.gather(1, hidden1_BL)
 
-    def decode(self, z_BTD: Tensor, seen: tuple[Tensor, Tensor], scored_BL: Tensor) -> tuple[Tensor, Tensor]:
+    def decode(self, z: Encoded, seen: tuple[Tensor, Tensor], scored_BL: Tensor) -> tuple[Tensor, ...]:
         """d(z1) and d'(z2) at the scored patches: one batch for one decoder, two for two."""
         if self.decoder2 is None:
-            return self.decoder(z_BTD, seen, scored_BL)
-        z1_BTD, z2_BTD = split_views(z_BTD, seen)
+            return self.decoder(z.tokens_BTD, seen, scored_BL)
+        z1_BTD, z2_BTD = z.split()
         (pred1_BLP,) = self.decoder(z1_BTD, seen[:1], scored_BL)
         (pred2_BLP,) = self.decoder2(z2_BTD, seen[1:], scored_BL)
         return pred1_BLP, pred2_BLP

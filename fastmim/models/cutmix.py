@@ -2,7 +2,7 @@
 
     lambda ~ U(0, 1)                           the share that an image keeps, Beta(1, 1)
     h, w   = sqrt(1 - lambda) of the grid's height and width, rounded to patches
-    box    = h by w patches, centerd on a patch drawn uniformly, what reaches outside cut off
+    box    = h by w patches, centered on a patch drawn uniformly, what reaches outside cut off
 
 The partner of image 2i is 2i + 1, and the other way round. The order of an epoch is one permutation, of which
 a micro-batch of even size is a run that starts at an even place: so the partner is the same on any number of

@@ -16,11 +16,13 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fastmim.models.vit import LinearFP32, LinearGELU, init_linear
+from fastmim.models.block import LinearFP32, LinearGELU
+from fastmim.models.init import init_linear, normal_linear
+from fastmim.ranks import ALONE, AcrossRanks
 
 Activation = Literal["gelu", "relu"]
 Norm = Literal["none", "bn", "ln"]
@@ -69,16 +71,17 @@ def hidden_layer(n_in: int, n_out: int, activation: Activation, norm: Norm, fp32
 class BatchNorm(nn.Module):
     """Batch norm of `[..., C]` over the rows of all ranks in training, by running averages in evaluation.
 
-    Over the default process group, if there is one; every rank must come here with as many rows. The gradient
-    of weight and bias is this rank's share: ranks average theirs, as of any parameter.
+    Every rank of `ranks` must come here with as many rows. The gradient of weight and bias is this rank's
+    share: ranks average theirs, as of any parameter.
     """
 
     running_mean: Tensor
     running_var: Tensor
+    ranks: AcrossRanks  # those whose rows it is over; a method shares its own: `Method.share`
 
     def __init__(self, channels: int, *, eps: float = HEAD_EPS, momentum: float = 0.1):
         super().__init__()
-        self.eps, self.momentum = eps, momentum
+        self.eps, self.momentum, self.ranks = eps, momentum, ALONE
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
@@ -95,10 +98,10 @@ class BatchNorm(nn.Module):
         if not self.training:
             unit_RC = (rows_RC.float() - self.running_mean) * (self.running_var + self.eps).rsqrt()
             return (unit_RC * self.weight + self.bias).to(x.dtype).view_as(x)
-        world = dist.get_world_size() if dist.is_initialized() else 1
+        world = self.ranks.world
         if len(rows_RC) * world < 2:
             raise ValueError("batch norm: want at least two rows to take a variance of, got one")
-        y_RC, mean_C, var_C = NormalizeOverRanks.apply(rows_RC, self.weight, self.bias, self.eps, world)
+        y_RC, mean_C, var_C = NormalizeOverRanks.apply(rows_RC, self.weight, self.bias, self.eps, self.ranks)
         with torch.no_grad():
             unbiased = len(rows_RC) * world / (len(rows_RC) * world - 1)
             self.running_mean.lerp_(mean_C, self.momentum)
@@ -110,20 +113,20 @@ class NormalizeOverRanks(torch.autograd.Function):
     """y, mean and biased variance; only y has a gradient. One collective forward, one backward."""
 
     @staticmethod
-    def forward(ctx: Any, x_RC: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float, world: int) -> Any:
+    def forward(
+        ctx: Any, x_RC: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float, ranks: AcrossRanks
+    ) -> Any:
         x32_RC = x_RC.float()
         var_C, mean_C = torch.var_mean(x32_RC, 0, correction=0)
-        if world > 1:  # of each rank its own mean and variance: sums of squares would cancel
+        if ranks.world > 1:  # of each rank its own mean and variance: sums of squares would cancel
             stats_2C = torch.stack([mean_C, var_C])
-            every_W2C = [torch.empty_like(stats_2C) for _ in range(world)]
-            dist.all_gather(every_W2C, stats_2C)
-            means_WC, vars_WC = torch.stack(every_W2C).unbind(1)
+            means_WC, vars_WC = ranks.gather(stats_2C[None]).unbind(1)
             between_C, mean_C = torch.var_mean(means_WC, 0, correction=0)
             var_C = vars_WC.mean(0) + between_C
         scale_C = (var_C + eps).rsqrt()
         unit_RC = (x32_RC - mean_C) * scale_C
         ctx.save_for_backward(x_RC, mean_C, scale_C, weight_C)
-        ctx.world = world
+        ctx.ranks = ranks
         ctx.mark_non_differentiable(mean_C, var_C)
         return (unit_RC * weight_C + bias_C).to(x_RC.dtype), mean_C, var_C
 
@@ -134,9 +137,42 @@ class NormalizeOverRanks(torch.autograd.Function):
         unit_RC, dy32_RC = (x_RC.float() - mean_C) * scale_C, dy_RC.float()
         sums_2C = torch.stack([dy32_RC.sum(0), (dy32_RC * unit_RC).sum(0)])
         dbias_C, dweight_C = sums_2C.to(weight_C.dtype)
-        if ctx.world > 1:
-            sums_2C = sums_2C.clone()
-            dist.all_reduce(sums_2C)
-        mean_dy_C, mean_dyx_C = sums_2C / (len(x_RC) * ctx.world)
+        mean_dy_C, mean_dyx_C = ctx.ranks.mean(sums_2C) / len(x_RC)
         dx_RC = (dy32_RC - mean_dy_C - unit_RC * mean_dyx_C) * (scale_C * weight_C)
         return dx_RC.to(x_RC.dtype), dweight_C, dbias_C, None, None
+
+
+class Codes(nn.Module):
+    """Cosines with K codes, each a direction and a length, that of DINO's weight-normed last layer.
+
+    logits = x^ W^T,  W[k] = length[k] direction[k] / |direction[k]|
+    """
+
+    def __init__(self, width: int, num_codes: int, *, train_lengths: bool):
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(num_codes, 1), requires_grad=train_lengths)
+        self.weight_v = nn.Parameter(nn.Linear(width, num_codes, bias=False).weight.detach())
+
+    def forward(self, x_RE: Tensor) -> Tensor:
+        """`[R, E]` to `[R, K]`."""
+        direction_KE = F.normalize(self.weight_v.float(), dim=1)
+        return F.linear(x_RE, (self.weight_g.float() * direction_KE).to(x_RE.dtype))
+
+
+class CodeHead(nn.Module):
+    """DINO's head: an MLP with GELU, its output on the unit sphere, and K codes there.
+
+    Source  Caron et al., arXiv:2104.14294; facebookresearch/dino: normal first weights of the MLP, and those
+            of nn.Linear of the codes, whose lengths are 1 and stay so unless `train_lengths`.
+    """
+
+    def __init__(self, widths: Sequence[int], num_codes: int, *, train_lengths: bool = False):
+        super().__init__()
+        self.mlp = Head(widths, init="torch")
+        self.mlp.apply(normal_linear)
+        self.codes = Codes(widths[-1], num_codes, train_lengths=train_lengths)
+
+    def forward(self, x_RD: Tensor) -> tuple[Tensor, Tensor]:
+        """`[R, D]` to points on the unit sphere, `[R, E]`, and their logits, `[R, K]`."""
+        x_RE = F.normalize(self.mlp(x_RD).float(), dim=-1).to(x_RD.dtype)
+        return x_RE, self.codes(x_RE)

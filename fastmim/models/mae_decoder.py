@@ -3,7 +3,7 @@
 Source  He et al., arXiv:2111.06377; facebookresearch/mae, models_mae.py.
 Keys    mask_token, decoder_embed, decoder_pos_embed, decoder_blocks.N, decoder_norm, decoder_pred: those
         of an MAE checkpoint. The union of the encoder's and the decoder's state dicts is one.
-Shapes  V views packed as `fastmim.models.vit.Encoder` packs them, L scored patches, d decoder width.
+Shapes  V inputs packed as `fastmim.models.vit.Encoder` packs them, L scored patches, d decoder width.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,11 @@ import torch
 from fastmim_kernels import restore_tokens
 from torch import Tensor, nn
 
-from fastmim.models.positions import sincos_2d
-from fastmim.models.vit import NORM_EPS, Block, LinearFP32, ViTConfig, init_linear, token_sources
+from fastmim.models.block import NORM_EPS, Block, LinearFP32
+from fastmim.models.embed import sincos_2d
+from fastmim.models.init import init_linear
+from fastmim.models.tokens import token_sources
+from fastmim.models.vit import ViTConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +67,10 @@ class Decoder(nn.Module):
         *,
         pool: bool = False,
     ) -> tuple[Tensor, ...]:
-        """Decode all V views in one batch of V * B. Packed `[B, T, D]` to V predictions `[B, L, P]`.
+        """Decode all V inputs in one batch of V * B. Packed `[B, T, D]` to V predictions `[B, L, P]`.
 
         `seen` are the index tensors the encoding was made with; `scored_BL` the patches whose pixels
-        are wanted, of every view the same (None: all N of them); with `pool` it is their mean, `[B, P]`.
+        are wanted, of every input the same (None: all N of them); with `pool` it is their mean, `[B, P]`.
         Differentiable in `z_BTD`.
         """
         B, V = len(z_BTD), len(seen)
@@ -77,7 +80,7 @@ class Decoder(nn.Module):
         branch = None
         for block in self.decoder_blocks:
             x, branch = block(x, branch)
-        x = x if branch is None else x + branch
+        x = x if branch is None else branch.added_to(x)
         x = x[:, 1:]  # the class row helps the others and predicts nothing
         if scored_BL is not None:  # the norm and the head work row by row: unscored rows need neither
             index = scored_BL.repeat(V, 1)[..., None].expand(-1, -1, x.shape[-1])

@@ -1,29 +1,38 @@
-"""The vision transformer: a pre-norm encoder that embeds and sees only the patches it is told to.
+"""The vision transformer: a pre-norm encoder that says where each patch is and sees what it is shown.
+
+Its inputs are `Tokens`, which say what they show. Several, of several images and sizes, go through in one
+packed pass: the tokens of each are a segment, which attends to itself alone, so it equals one pass for each.
 
 Source  Dosovitskiy et al., arXiv:2010.11929; sizes, fixed sine-cosine positions and initialization as
-        in MAE, arXiv:2111.06377, and its repository facebookresearch/mae.
+        in MAE, arXiv:2111.06377, and its repository facebookresearch/mae; the rest as block.py, embed.py and
+        init.py say.
 Keys    The state dict of `Encoder` is that of timm's VisionTransformer, and of the encoder half of an
-        MAE checkpoint: cls_token, pos_embed, patch_embed.proj, blocks.N, norm. With it, mask_token.
+        MAE checkpoint: cls_token, pos_embed, patch_embed.proj, blocks.N, norm. With it, mask_token. With
+        relative positions it is that of timm's Beit: rel_pos_bias in the place of pos_embed.
 Shapes  B images, K visible patches, N = h * w patches, P = patch * patch * channels values of a patch in
-        row, column, channel order, T tokens of all views together, D width, H heads.
+        row, column, channel order, T tokens of all segments together, S segments, D width, H heads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from fastmim_kernels import add_layer_norm, bias_gelu, gather_patches, restore_tokens
-from fastmim_kernels.attention import Backend, attention
+from fastmim_kernels import draw_uniform, restore_tokens
+from fastmim_kernels.attention import Backend
 from torch import Tensor, nn
 
-from fastmim.models.positions import sincos_2d
+from fastmim.models.block import AddNorm, Bias, Block, QKVBias
+from fastmim.models.embed import MARGIN, Grid, PatchEmbed, RelativePositionBias, resize_positions, sincos_2d
+from fastmim.models.init import INITS, Init
+from fastmim.models.tokens import Encoded, Tokens, every_patch, runs_of, token_sources
 
-NORM_EPS = 1e-6
+Positions = Literal["sincos", "learned", "relative", "relative_per_block"]
 PIXEL_STATISTICS = {  # mean, std of ImageNet; of its gray version for one channel
     3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     1: ((0.449,), (0.226,)),
 }
+DROP_PATH = 700  # the random stream of the draws of drop path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +57,19 @@ class ViTConfig:
     """Pixel standard deviation per channel on the scale 0 to 1; by default that of ImageNet"""
     attention: Backend = "auto"
     """auto: on CUDA the fastest for each shape, as measured at its first call; torch's sdpa elsewhere"""
+    positions: Positions = "sincos"
+    """Where a patch is: fixed sine-cosine (MAE), learned (DINO), or relative, as a bias of the attention that
+    all blocks share (BEiT), or that each block has for itself (relative_per_block)"""
+    layer_scale: float = 0.0
+    """First value of LayerScale, a trained factor of each value of each branch; 0: there is none"""
+    drop_path: float = 0.0
+    """Probability that a sample skips the last block's branches in training; the first block's is 0"""
+    qkv_bias: QKVBias = "qkv"
+    """Which of queries, keys and values have a bias; qv, as in BEiT"""
+    final_norm: bool = True
+    """Whether a norm follows the last block"""
+    init: Init = "mae"
+    """First weights, as of MAE, MoCo v3, CAE, DINO or BEiT"""
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "heads", "patch", "channels"):
@@ -71,6 +93,11 @@ class ViTConfig:
             )
         if min(self.pixel_std) <= 0:
             raise ValueError(f"model.std: want values above 0, got {self.pixel_std}")
+        if self.layer_scale < 0 or not 0 <= self.drop_path < 1:
+            raise ValueError(
+                "model.layer-scale, model.drop-path: want 0 or more, and a probability below 1, "
+                f"got {self.layer_scale} and {self.drop_path}"
+            )
 
     @property
     def size(self) -> tuple[int, int]:
@@ -101,213 +128,202 @@ class ViTConfig:
         return PIXEL_STATISTICS[self.channels][1] if self.std is None else self.std
 
 
-class PatchProjection(nn.Module):
-    """The patch embedding of a convolutional ViT as a linear map of rows; keeps the convolution's weight."""
-
-    def __init__(self, channels: int, patch: int, width: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width, channels, patch, patch))
-        self.bias = nn.Parameter(torch.empty(width))
-        fan_in = channels * patch**2
-        nn.init.xavier_uniform_(self.weight.view(width, fan_in))  # as a matrix, not as a convolution
-        nn.init.uniform_(self.bias, -(fan_in**-0.5), fan_in**-0.5)  # what nn.Conv2d does and MAE leaves
-
-    def forward(self, rows_BKP: Tensor) -> Tensor:
-        weight_DP = self.weight.permute(0, 2, 3, 1).flatten(1)  # rows run row, column, channel
-        return F.linear(rows_BKP, weight_DP, self.bias)
-
-
-class PatchEmbed(nn.Module):
-    """Holds the projection under the key `proj`, where timm has it."""
-
-    def __init__(self, config: ViTConfig):
-        super().__init__()
-        self.config = config
-        self.proj = PatchProjection(config.channels, config.patch, config.width)
-
-    def forward(self, image_BHWC: Tensor, index_BK: Tensor) -> Tensor:
-        c = self.config
-        dtype = self.proj.weight.dtype
-        return self.proj(
-            gather_patches(image_BHWC, index_BK, c.patch, c.pixel_mean, c.pixel_std, dtype=dtype)
-        )
-
-
-class Attention(nn.Module):
-    def __init__(self, width: int, heads: int, backend: Backend):
-        super().__init__()
-        self.heads, self.backend = heads, backend
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x_BTD: Tensor, segments: tuple[int, ...] | None) -> Tensor:
-        B, T, D = x_BTD.shape
-        q, k, v = self.qkv(x_BTD).view(B, T, 3, self.heads, D // self.heads).unbind(2)
-        return self.proj(attention(q, k, v, segments=segments, backend=self.backend).reshape(B, T, D))
-
-
-class LinearGELU(nn.Linear):
-    """`gelu(x W + b)`, exact: the bias enters with the GELU, and the backward keeps the product alone."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return bias_gelu(F.linear(x, self.weight), self.bias)
-
-
-class LinearFP32(nn.Linear):
-    """`x W + b` in fp32, whatever the dtype of its weights: for rows of which differences are taken."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.float()
-        return F.linear(x.float(), self.weight.float(), bias)
-
-
-class MLP(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.fc1 = LinearGELU(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.fc1(x))
-
-
-class AddNorm(nn.LayerNorm):
-    """LayerNorm of a residual stream to which a branch is added first; gives both. Eps as in MAE."""
-
-    def __init__(self, width: int):
-        super().__init__(width, eps=NORM_EPS)
-
-    def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """`[B, T, D]` and the branch of the same shape, if one is to be added, to normed and sum."""
-        if branch is None:
-            return super().forward(x), x
-        return add_layer_norm(branch, x, self.weight, self.bias, eps=self.eps)
-
-
-class Block(nn.Module):
-    """`x += MHA(LN x); x += MLP(LN x)`, exact GELU, on `[B, T, D]`.
-
-    The sums are made where they are normalized: a block takes the stream and the branch that the block before
-    it left to be added, and leaves its own.
-    """
-
-    def __init__(self, width: int, heads: int, backend: Backend):
-        super().__init__()
-        self.norm1 = AddNorm(width)
-        self.attn = Attention(width, heads, backend)
-        self.norm2 = AddNorm(width)
-        self.mlp = MLP(width)
-
-    def forward(
-        self, x_BTD: Tensor, branch_BTD: Tensor | None = None, segments: tuple[int, ...] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        normed_BTD, x_BTD = self.norm1(x_BTD, branch_BTD)
-        normed_BTD, x_BTD = self.norm2(x_BTD, self.attn(normed_BTD, segments))
-        return x_BTD, self.mlp(normed_BTD)
-
-
-def init_linear(module: nn.Module) -> None:
-    """MAE's rule for `Module.apply`: Xavier-uniform matrices (fused qkv as one), zero biases."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
 class Encoder(nn.Module):
-    """ViT that takes uint8 images and, for each view of them, the indices of the patches it may see.
-
-    What it may not see it drops; with `mask_token` it has a token of its own in its place.
-    """
+    """ViT that takes uint8 images as `Tokens`. With `mask_token` it has one for what is hidden."""
 
     def __init__(self, config: ViTConfig, mask_token: bool = False):
         super().__init__()
-        self.config = config
-        D = config.width
-        self.patch_embed = PatchEmbed(config)
+        self.config, self.width = config, config.width
+        c, D = config, config.width
+        self.patch_embed = PatchEmbed(c.channels, c.patch, D, c.pixel_mean, c.pixel_std)
         self.cls_token = nn.Parameter(torch.empty(1, 1, D))
         self.mask_token = nn.Parameter(torch.empty(1, 1, D)) if mask_token else None
-        self.pos_embed = nn.Parameter(sincos_2d(D, config.grid)[None], requires_grad=False)
-        self.blocks = nn.ModuleList(Block(D, config.heads, config.attention) for _ in range(config.depth))
-        self.norm = AddNorm(D)
-        self.blocks.apply(init_linear)
-        for token in (self.cls_token, self.mask_token):
-            if token is not None:
-                nn.init.normal_(token, std=0.02)
+        self.pos_embed = self.rel_pos_bias = None
+        if c.positions == "sincos":
+            self.pos_embed = nn.Parameter(sincos_2d(D, c.grid)[None], requires_grad=False)
+        elif c.positions == "learned":
+            self.pos_embed = nn.Parameter(torch.empty(1, 1 + c.num_patches, D))
+        elif c.positions == "relative":
+            self.rel_pos_bias = RelativePositionBias(c.grid, c.heads)
+        self.blocks = nn.ModuleList(
+            Block(
+                D, c.heads, c.attention, qkv_bias=c.qkv_bias, layer_scale=c.layer_scale,
+                relative=c.grid if c.positions == "relative_per_block" else None,
+            )
+            for _ in range(c.depth)
+        )  # fmt: skip
+        self.norm = AddNorm(D) if c.final_norm else None
+        INITS[c.init](self)
+
+    def every_block(self) -> list[Block]:
+        """The blocks, the first first."""
+        return [block for block in self.blocks if isinstance(block, Block)]
+
+    def tokens(self) -> list[nn.Parameter]:
+        """The class token, and the mask token if there is one."""
+        return [token for token in (self.cls_token, self.mask_token) if token is not None]
+
+    def learned_positions(self) -> list[nn.Parameter]:
+        """The table of positions if it is learned."""
+        return [self.pos_embed] if self.config.positions == "learned" and self.pos_embed is not None else []
 
     def forward(
-        self, image_BHWC: Tensor, *seen: Tensor, class_token: bool = True, final_norm: bool = True
-    ) -> Tensor:
-        """Encode every view in one pass. `[B, H, W, C]` uint8 and V index tensors `[B, K_v]` to `[B, T, D]`.
+        self,
+        *inputs: Tokens,
+        class_token: bool = True,
+        final_norm: bool = True,
+        outputs: Collection[int] = (),
+        seeds_B: Tensor | None = None,
+    ) -> Encoded:
+        """Encode every input in one pass.
 
-        The tokens of view v are one run of 1 + K_v along T = sum of (1 + K_v), class token first; runs
-        do not attend to one another, so this equals one pass per view. `split_views` undoes it.
-        With mask tokens there is one view and T = 1 + N: every patch at its place, in rows. One view can
-        be encoded without its class token, and any without the norm behind the last block.
+        `outputs` are numbers of blocks, 0 the first, after which the stream is wanted. In training with drop
+        path `seeds_B` are the seeds of the samples, from which it is drawn, the same on any number of ranks.
+        One input can be encoded without its class token, and any without the norm behind the last block.
+        ValueError for what the encoder does not have: a mask token, positions for a size, such a block.
         """
-        if not seen:
-            raise ValueError("want at least one index tensor of visible patches, got none")
-        if self.mask_token is None:
-            x_BTD, segments = self.embed_visible(image_BHWC, seen), view_lengths(seen)
-        elif len(seen) == 1:
-            x_BTD = self.embed_all(image_BHWC, seen[0], self.mask_token)
-            segments = (x_BTD.shape[1],)
-        else:
-            raise ValueError(f"want one view of an image for an encoder with mask tokens, got {len(seen)}")
+        grids = self.check(inputs, outputs)
+        x_BTD, lengths = self.embed(inputs, grids)
         if not class_token:
-            if len(seen) != 1:
-                raise ValueError(f"want one view to be encoded without a class token, got {len(seen)}")
-            x_BTD, segments = x_BTD[:, 1:], (x_BTD.shape[1] - 1,)
-        branch_BTD = None
-        for block in self.blocks:
-            x_BTD, branch_BTD = block(x_BTD, branch_BTD, segments)
-        if final_norm:
-            return self.norm(x_BTD, branch_BTD)[0]
-        return x_BTD if branch_BTD is None else x_BTD + branch_BTD
+            if len(inputs) != 1 or self.config.positions.startswith("relative"):
+                raise ValueError(
+                    "want one input, and no relative positions, for an encoding without a class token, got "
+                    f"{len(inputs)} and positions {self.config.positions}"
+                )
+            x_BTD, lengths = x_BTD[:, 1:], (x_BTD.shape[1] - 1,)
+        bias: Bias = None if self.rel_pos_bias is None else tuple(self.rel_pos_bias(grid) for grid in grids)
+        keeps = self.drop_path(seeds_B, lengths)
+        branch, found = None, {}
+        for i, block in enumerate(self.blocks):
+            x_BTD, branch = block(x_BTD, branch, lengths, bias=bias, grids=grids, keep_2BT=keeps[i])
+            if i in outputs:
+                found[i] = branch.added_to(x_BTD)
+        if final_norm and self.norm is not None:
+            return Encoded(self.norm(x_BTD, branch)[0], lengths, found)
+        return Encoded(x_BTD if branch is None else branch.added_to(x_BTD), lengths, found)
 
-    def embed_visible(self, image_BHWC: Tensor, seen: Sequence[Tensor]) -> Tensor:
-        """The visible patches of each view behind a class token, positions added. `[B, T, D]`."""
-        index_BK = seen[0] if len(seen) == 1 else torch.cat(list(seen), dim=1)
-        patches_BKD = self.patch_embed(image_BHWC, index_BK) + self.pos_embed[0, 1:][index_BK]
-        cls_B1D = (self.cls_token + self.pos_embed[:, :1]).expand(len(index_BK), -1, -1)
+    def check(self, inputs: Sequence[Tokens], outputs: Collection[int]) -> tuple[Grid, ...]:
+        """The grid of each input; ValueError for what cannot be encoded."""
+        c = self.config
+        if not inputs:
+            raise ValueError("want at least one image to encode, got none")
+        if not set(outputs) <= set(range(c.depth)):
+            raise ValueError(f"want outputs of blocks 0 to {c.depth - 1}, got {sorted(outputs)}")
+        grids = []
+        for tokens in inputs:
+            B, height, width, channels = tokens.image_BHWC.shape
+            if height % c.patch or width % c.patch or min(height, width) < c.patch or channels != c.channels:
+                raise ValueError(
+                    f"want images of {c.channels} channels and of multiples of the patch, {c.patch} px, "
+                    f"got {channels} channels of {height} x {width}"
+                )
+            grid = height // c.patch, width // c.patch
+            hidden = tokens.hidden_BN
+            if hidden is not None and hidden.shape != (B, grid[0] * grid[1]):
+                raise ValueError(
+                    f"want a mask of {B} images of {grid[0]} x {grid[1]} patches, got {list(hidden.shape)}"
+                )
+            if tokens.masks and self.mask_token is None:
+                raise ValueError("want an encoder with a mask token for hidden patches, got one without")
+            if c.positions.startswith("relative") and tokens.seen_BK is not None and not tokens.mask_tokens:
+                raise ValueError("want all patches, or mask tokens, with relative positions, got some")
+            grids.append(grid)
+        return tuple(grids)
+
+    def positions(self, grid: Grid) -> Tensor | None:
+        """The table `[1 + N, D]` of absolute positions for images of this grid; None without any."""
+        if self.pos_embed is None:
+            return None
+        margin = MARGIN if self.config.positions == "learned" else 0.0
+        table_1TD: Tensor = self.pos_embed
+        if grid != self.config.grid:  # in fp32, as bicubic weights of other dtypes are not
+            table_1TD = resize_positions(table_1TD.float(), self.config.grid, grid, margin=margin)
+        return table_1TD[0].to(self.pos_embed.dtype)
+
+    def drop_path(self, seeds_B: Tensor | None, lengths: tuple[int, ...]) -> list[Tensor | None]:
+        """What each block keeps of its two branches, as factors of each token. `[2, B, T]` fp32, or None.
+
+        Each sample has a draw of its own in each segment. Probabilities rise from 0 at the first block.
+        """
+        c, depth = self.config, self.config.depth
+        if not self.training or c.drop_path == 0:
+            return [None] * depth
+        if seeds_B is None:
+            raise ValueError("want the seeds of the samples in training, to draw drop path from, got none")
+        S = len(lengths)
+        uniform = draw_uniform(seeds_B, 2 * depth * S, DROP_PATH).view(-1, depth, 2, S).permute(1, 2, 0, 3)
+        repeats = torch.tensor(lengths, device=seeds_B.device)
+        keeps: list[Tensor | None] = []
+        for i, drawn_2BS in enumerate(uniform):
+            p = c.drop_path * i / max(depth - 1, 1)
+            kept_2BS = (drawn_2BS >= p).float() / (1 - p)
+            keeps.append(kept_2BS.repeat_interleave(repeats, dim=2, output_size=sum(lengths)) if p else None)
+        return keeps
+
+    # --- tokens of the inputs -------------------------------------------------------------------------
+
+    def embed(self, inputs: Sequence[Tokens], grids: Sequence[Grid]) -> tuple[Tensor, tuple[int, ...]]:
+        """All inputs as tokens with their positions, class token first in each. `[B, T, D]`, and T's parts.
+
+        What is of one image, or whole images of one size, is embedded in one product.
+        """
+        parts: list[Tensor] = []
+        for first, last in runs_of(inputs, grids):
+            together, grid = inputs[first:last], grids[first]
+            if inputs[first].masks:
+                parts.append(self.embed_masked(inputs[first], grid))
+            elif inputs[first].seen_BK is not None:
+                parts += self.embed_visible(together, grid)
+            else:
+                parts += self.embed_whole(together, grid)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), tuple(p.shape[1] for p in parts)
+
+    def class_part(self, pos_TD: Tensor | None, B: int) -> Tensor:
+        """The class token of each image at its position. `[B, 1, D]`."""
+        cls_11D = self.cls_token if pos_TD is None else self.cls_token + pos_TD[None, :1]
+        return cls_11D.expand(B, -1, -1)
+
+    def embed_visible(self, inputs: Sequence[Tokens], grid: Grid) -> list[Tensor]:
+        """The visible patches of inputs of one image, behind a class token each."""
+        seen = [t.seen_BK for t in inputs if t.seen_BK is not None]
+        index_BK = seen[0] if len(seen) == 1 else torch.cat(seen, dim=1)
+        pos_TD = self.positions(grid)
+        patches_BKD = self.patch_embed(inputs[0].image_BHWC, index_BK)
+        if pos_TD is not None:
+            patches_BKD = patches_BKD + pos_TD[1:][index_BK]
+        cls_B1D = self.class_part(pos_TD, len(index_BK))
         runs = patches_BKD.split([s.shape[1] for s in seen], dim=1)
-        return torch.cat([part for run in runs for part in (cls_B1D, run)], dim=1)
+        return [torch.cat([cls_B1D, run], dim=1) for run in runs]
 
-    def embed_all(self, image_BHWC: Tensor, seen_BK: Tensor, mask_token_11D: Tensor) -> Tensor:
+    def embed_whole(self, inputs: Sequence[Tokens], grid: Grid) -> list[Tensor]:
+        """Every patch of images of one size, behind a class token each."""
+        images = [t.image_BHWC for t in inputs]
+        image_BHWC = images[0] if len(images) == 1 else torch.cat(images)
+        pos_TD, B = self.positions(grid), len(image_BHWC)
+        patches_BND = self.patch_embed(image_BHWC, every_patch(image_BHWC, grid))
+        if pos_TD is not None:
+            patches_BND = patches_BND + pos_TD[1:]
+        x_BTD = torch.cat([self.class_part(pos_TD, B), patches_BND], dim=1)
+        return list(x_BTD.split([len(image) for image in images]))
+
+    def embed_masked(self, tokens: Tokens, grid: Grid) -> Tensor:
         """A class token, then every patch in its place, hidden ones as mask tokens. `[B, 1 + N, D]`.
 
-        A patch embedding acts on each patch alone: only the visible ones need one.
+        A patch embedding acts on each patch alone: where as many are seen of each image, only those need one.
         """
-        rows_BKD = self.patch_embed(image_BHWC, seen_BK)
-        cls_B1D = self.cls_token.expand(len(rows_BKD), -1, -1)
-        rows_RD = torch.cat([cls_B1D, rows_BKD], dim=1).flatten(0, 1)
-        source_BT = token_sources((seen_BK,), self.config.num_patches)
-        return restore_tokens(rows_RD, source_BT, mask_token_11D.view(-1), self.pos_embed[0])
-
-
-def view_lengths(seen: Sequence[Tensor]) -> tuple[int, ...]:
-    """Tokens of each view in a packed encoding: its visible patches and its class token."""
-    return tuple(1 + s.shape[1] for s in seen)
-
-
-def split_views(z_BTD: Tensor, seen: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The packed encoding of `Encoder.forward` as one `[B, 1 + K_v, D]` per view, class token first."""
-    return z_BTD.split(view_lengths(seen), dim=1)
-
-
-def token_sources(seen: Sequence[Tensor], num_patches: int) -> Tensor:
-    """For each position the row of the packed encoding that fills it, or -1. `[V * B, 1 + N]` int64.
-
-    Rows count through `[B, T]`; views follow one another in the batch; position 0 is the class token.
-    """
-    lengths = view_lengths(seen)
-    B, T, device = len(seen[0]), sum(lengths), seen[0].device
-    first_row_B1 = torch.arange(B, device=device)[:, None] * T
-    sources, start = [], 0
-    for index_BK, length in zip(seen, lengths, strict=True):
-        rows_BL = first_row_B1 + torch.arange(start, start + length, device=device)
-        source = torch.full((B, 1 + num_patches), -1, device=device)
-        position_BL = torch.cat([index_BK.new_zeros(B, 1), index_BK + 1], dim=1)
-        sources.append(source.scatter_(1, position_BL, rows_BL))
-        start += length
-    return torch.cat(sources)
+        image_BHWC, mask_token_11D, N = tokens.image_BHWC, self.mask_token, grid[0] * grid[1]
+        assert mask_token_11D is not None
+        pos_TD = self.positions(grid)
+        if tokens.seen_BK is not None:
+            rows_BKD = self.patch_embed(image_BHWC, tokens.seen_BK)
+            cls_B1D = self.cls_token.expand(len(rows_BKD), -1, -1)
+            rows_RD = torch.cat([cls_B1D, rows_BKD], dim=1).flatten(0, 1)
+            source_BT = token_sources((tokens.seen_BK,), N)
+            if pos_TD is None:
+                pos_TD = rows_RD.new_zeros(1 + N, rows_RD.shape[1])
+            return restore_tokens(rows_RD, source_BT, mask_token_11D.view(-1), pos_TD)
+        assert tokens.hidden_BN is not None
+        patches_BND = self.patch_embed(image_BHWC, every_patch(image_BHWC, grid))
+        patches_BND = torch.where(tokens.hidden_BN[..., None], mask_token_11D, patches_BND)
+        x_BTD = torch.cat([self.cls_token.expand(len(image_BHWC), -1, -1), patches_BND], dim=1)
+        return x_BTD if pos_TD is None else x_BTD + pos_TD

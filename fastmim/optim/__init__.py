@@ -7,11 +7,12 @@ from typing import Any, Literal
 import torch
 
 from fastmim.optim.apex import apex_adamw, find_fused_adam
+from fastmim.optim.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW and its schedule."""
+    """AdamW and its schedules."""
 
     name: Literal["adamw", "deepspeed", "apex"] = "adamw"
     """adamw: torch's fused AdamW; deepspeed, apex: the FusedAdam of DeepSpeed or of NVIDIA's apex"""
@@ -34,7 +35,18 @@ class OptimConfig:
     layer_decay: float = 1.0
     """Factor of the learning rate from one encoder block to the one below it"""
     clip: float = 0.0
-    """Largest global gradient norm; 0 clips nothing, as MAE"""
+    """Largest gradient norm; 0 clips nothing, as MAE"""
+    clip_per: Literal["global", "tensor"] = "global"
+    """What the norm is of: all gradients together, or each tensor alone, as in DINO"""
+    schedule: Schedule = "mae"
+    """Learning rate after warm-up: mae and beit, half a cosine; simmim, the same counted from the first step;
+    multistep, times gamma at each milestone"""
+    milestones: tuple[float, ...] = ()
+    """Epochs at which multistep lowers the learning rate, ascending"""
+    gamma: float = 0.1
+    """Factor of the learning rate at each milestone"""
+    weight_decay_end: float | None = None
+    """Weight decay at the end, along half a cosine; by default it stays as it is"""
 
     def __post_init__(self) -> None:
         for name in ("blr", "min_lr", "warmup_epochs", "eps", "weight_decay", "clip"):
@@ -45,6 +57,19 @@ class OptimConfig:
             raise ValueError(f"optim.warmup-start: want a share in [0, 1], got {self.warmup_start}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas: want two numbers in [0, 1), got {self.betas}")
+        if self.weight_decay_end is not None and self.weight_decay_end < 0:
+            raise ValueError(f"optim.weight-decay-end: want 0 or more, got {self.weight_decay_end}")
+        if self.schedule == "multistep" and not self.milestones:
+            raise ValueError(
+                "optim.milestones: want the epochs at which multistep lowers the learning rate, got none: it "
+                "would never end"
+            )
+        if self.schedule != "multistep" and self.milestones:
+            raise ValueError(f"optim.milestones: of use with schedule multistep only, got {self.schedule}")
+        if list(self.milestones) != sorted(set(self.milestones)) or min(self.milestones, default=1) <= 0:
+            raise ValueError(f"optim.milestones: want epochs above 0, ascending, got {self.milestones}")
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"optim.gamma: want a factor in (0, 1], got {self.gamma}")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"optim.layer-decay: want a factor in (0, 1], got {self.layer_decay}")
 

@@ -1,4 +1,4 @@
-"""Parameter groups: who decays, and by how much a layer's learning rate is scaled.
+"""Parameter groups: who decays, by how much a learning rate is scaled, who is clipped or frozen.
 
 Source  The 1-D rule and the layer-wise decay of facebookresearch/mae: no weight decay for tensors of one
         dimension or whose name ends in `.bias`; scale decay^(depth + 1 - layer), layer 0 = tokens,
@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
+
+from fastmim.group import Group
 
 
 def layer_of(name: str, depth: int) -> int:
@@ -28,13 +30,13 @@ def parameter_groups(
     weight_decay: float,
     layer_decay: float = 1.0,
     depth: int = 0,
-    decays: Callable[[str, nn.Parameter], bool | None] = lambda name, parameter: None,
+    group: Callable[[str, nn.Parameter], Group] = lambda name, parameter: Group(),
 ) -> list[dict[str, Any]]:
     """Groups for a torch optimizer; every parameter that requires gradient is in exactly one.
 
-    Each has `params`, `weight_decay`, `name`, and `lr_scale`, by which to multiply the schedule's rate. The
-    order is that of first appearance, so it is the same on every rank and in every run. `decays` may settle
-    for a parameter what the 1-D rule would otherwise.
+    Each has `params`, `weight_decay`, `name`, and what `group` says of its parameters: `decays`, `lr_scale`
+    by which to multiply the schedule's rate, `schedule`, `clip`, `frozen_epochs`. The order is that of
+    first appearance, so it is the same on every rank and in every run.
     """
     if not 0 < layer_decay <= 1:
         raise ValueError(f"optim.layer-decay: want a factor in (0, 1], got {layer_decay}")
@@ -42,18 +44,31 @@ def parameter_groups(
     for name, parameter in named_parameters:
         if not parameter.requires_grad:
             continue
-        layer = layer_of(name, depth)
-        decayed = decays(name, parameter)
-        if decayed is None:
-            decayed = parameter.ndim > 1 and not name.endswith(".bias")
+        layer, asked = layer_of(name, depth), group(name, parameter)
+        decays = asked.decay
+        if decays is None:
+            decays = parameter.ndim > 1 and not name.endswith(".bias")
         key = f"layer{layer}" if layer_decay != 1.0 else "all"
-        key += "" if decayed else "_no_decay"
+        key += ("" if decays else "_no_decay") + words_of(asked)
         if key not in groups:
             groups[key] = {
                 "name": key,
                 "params": [],
-                "weight_decay": weight_decay if decayed else 0.0,
-                "lr_scale": layer_decay ** (depth + 1 - layer),
+                "weight_decay": weight_decay if decays else 0.0,
+                "lr_scale": layer_decay ** (depth + 1 - layer) * asked.lr_scale,
+                "decays": decays,
+                "schedule": asked.schedule,
+                "clip": asked.clip,
+                "frozen_epochs": asked.frozen_epochs,
             }
         groups[key]["params"].append(parameter)
     return list(groups.values())
+
+
+def words_of(group: Group) -> str:
+    """What a group's name says of it beside layer and decay; nothing where it is as all others."""
+    words = [f"lr_{group.lr_scale:g}"] * (group.lr_scale != 1)
+    words += [f"schedule_{group.schedule}"] * (group.schedule is not None)
+    words += [f"clip_{group.clip or 0:g}"] * (group.clip is not None)
+    words += [f"frozen_{group.frozen_epochs}"] * (group.frozen_epochs > 0)
+    return "".join(f"_{word}" for word in words)

@@ -43,7 +43,7 @@ def make(name: str = "mae"):
     small = {"decoder": DECODER, "hidden": 40, "out": 20}
     config = METHODS[name]()
     method = replace(config, **{k: v for k, v in small.items() if hasattr(config, k)}).build(MODEL)
-    method.ranks = Ranks.single()
+    method.share(Ranks.single())
     return method
 
 
@@ -51,7 +51,7 @@ def make(name: str = "mae"):
 def test_the_plain_engine_in_fp32_is_adamw(name):
     batch = synthetic(make(name), 3, 6)
     engine, twin = PlainEngine(make(name), torch.float32, OptimConfig()), make(name)
-    groups = parameter_groups(twin.named_parameters(), weight_decay=0.05, decays=twin.decays)
+    groups = parameter_groups(twin.named_parameters(), weight_decay=0.05, group=twin.group)
     optimizer = torch_adamw(groups, OptimConfig())
     for group in optimizer.param_groups:
         group["lr"] = engines.LEARNING_RATE

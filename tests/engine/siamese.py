@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fastmim.methods.base import Method, MethodConfig, Output
+from fastmim.models.tokens import Tokens
 from fastmim.models.vit import Encoder
 from fastmim.views import Crop
 
@@ -29,8 +30,9 @@ class SiameseEncoder(Encoder):
         super().__init__(model)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, model.width))
 
-    def forward(self, image_BHWC, *seen):
-        return super().forward(image_BHWC, *seen) + self.mask_token
+    def forward(self, *inputs):
+        z = super().forward(*inputs)
+        return z._replace(tokens_BTD=z.tokens_BTD + self.mask_token)
 
 
 class Siamese(Method):
@@ -49,10 +51,10 @@ class Siamese(Method):
         large, small = batch.crops
         assert large.shape[1:] == (16, 16, 3)
         assert small.shape[1:] == (8, 8, 3)
-        everything = torch.arange(16).expand(len(large), 16)
+        first = torch.arange(4).expand(len(large), 4)
         with torch.no_grad():
-            target = self.teacher_head(self.teacher(large, everything)[:, 0]).float()
-        token = self.encoder(large, everything[:, :4])[:, 0]
+            target = self.teacher_head(self.teacher(Tokens(large)).tokens_BTD[:, 0]).float()
+        token = self.encoder(Tokens(large, first)).tokens_BTD[:, 0]
         online = self.head(token).float()
         assert self.ranks.gather(online).shape[0] == self.ranks.world * len(online)
         loss = (online - target - 0.3).square().mean() + token.float().square().mean()

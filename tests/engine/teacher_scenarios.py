@@ -163,14 +163,15 @@ def train(case: Case, ranks: Ranks) -> dict:
     torch.manual_seed(0)
     run, plan = run_of(case), plan_of(case, ranks.world)
     method = run.method.build(run.model)
-    method.ranks = ranks
-    engine = door.wrap(method, run, plan)
+    method.share(ranks)
+    engine, groups = door.wrap(method, run, plan)
     teacher = module.Teacher(engine, ranks)
     start = {name: x.clone() for name, x in door.whole_state(engine, teacher.values()).items()}
     notes = watched(teacher, engine)
     train_loop(
-        engine, teacher, batches(case, ranks), Silent(), lambda _: None, run=run, plan=plan, start_step=0
-    )
+        engine, groups, teacher, batches(case, ranks), Silent(), lambda _: None, run=run, plan=plan,
+        start_step=0,
+    )  # fmt: skip
     door.deepspeed.runtime.engine.FusedAdam = fused
     used = {}
     for name, parameter in method.named_parameters():

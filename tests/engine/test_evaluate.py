@@ -10,6 +10,7 @@ from fastmim import cli
 from fastmim.engine.evaluate import evaluate, labeled_features, load_encoder
 from fastmim.evals.knn import knn
 from fastmim.interop.mae import encoder_metadata
+from fastmim.models.tokens import Tokens
 from fastmim.models.vit import Encoder, ViTConfig
 from tests.data.conftest import encode
 
@@ -47,7 +48,7 @@ def test_features_are_those_of_the_encoder_it_was(run_dir, tmp_path):
     from fastmim.data.center import center_crops
 
     [(pixels, _)] = center_crops(find_images(folder), (16, 24))
-    z = Encoder(MODEL)(pixels, torch.arange(24).expand(6, 24))
+    z = Encoder(MODEL)(Tokens(pixels)).tokens_BTD
     assert torch.equal(found["cls"], z[:, 0]) and torch.equal(found["mean"], z[:, 1:].mean(1))
 
 

@@ -89,7 +89,7 @@ def test_dictionary_for_deepspeed_is_whole(images, tmp_path):
         (2, {"accumulate": 2}, 1, False, False),
         (0, {}, 2, True, True),  # ZeRO 0 and 3 refuse to go without
         (3, {}, 1, True, False),
-        (1, {"clip": 1.0}, 1, True, False),
+        (1, {"clip": 1.0}, 1, False, False),  # clipping is ours
     ],
 )
 def test_deepspeed_does_nothing_that_nobody_asked_for(images, tmp_path, zero, changes, world, norm, buckets):

@@ -40,7 +40,7 @@ def plain() -> dict[str, torch.Tensor]:
     run, plan = scenario.run_of(case), scenario.plan_of(case, 1)
     torch.manual_seed(0)
     method = run.method.build(run.model)
-    method.ranks = Ranks.single()
+    method.share(Ranks.single())
     optimizer = torch.optim.AdamW(
         parameter_groups(method.named_parameters(), weight_decay=run.optim.weight_decay),
         betas=run.optim.betas, eps=run.optim.eps,

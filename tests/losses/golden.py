@@ -28,21 +28,25 @@ def losses(method_name: str) -> list[float]:
     from fastmim.engine.ranks import Ranks
     from fastmim.methods import METHODS
     from fastmim.models.mae_decoder import DecoderConfig
-    from fastmim.models.vit import ViTConfig
     from fastmim.optim import OptimConfig, torch_adamw
     from fastmim.optim.groups import parameter_groups
     from fastmim.optim.schedule import learning_rate
+    from fastmim.recipes import METHOD_RECIPES
     from fastmim.views import Batch
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = ViTConfig(width=64, depth=3, heads=2, patch=8, image_size=(48, 64))
+    size = {"width": 64, "depth": 3, "heads": 2, "patch": 8, "image_size": (48, 64)}
+    model = replace(METHOD_RECIPES[method_name]().model, **size)
     config = METHODS[method_name]()
-    small = {"decoder": DecoderConfig(width=48, depth=2, heads=3), "hidden": 128, "out": 48}
+    small = {
+        "decoder": DecoderConfig(width=48, depth=2, heads=3), "hidden": 128, "out": 48, "bottleneck": 48,
+        "mask_unit": 16, "local_size": 24,
+    }  # fmt: skip
     config = replace(config, **{name: size for name, size in small.items() if hasattr(config, name)})
     method = config.build(model)
-    method.ranks = Ranks.single()
-    groups = parameter_groups(method.named_parameters(), weight_decay=0.05, decays=method.decays)
+    method.share(Ranks.single())
+    groups = parameter_groups(method.named_parameters(), weight_decay=0.05, group=method.group)
     optimizer = torch_adamw(groups, OptimConfig())
     found = []
     for step in range(STEPS):

@@ -22,7 +22,7 @@ def steps(ranks: Ranks) -> dict:
     answers = {}
     for name, changes in CHOICES.items():
         cmae, whole = make_cmae(**changes), make_pair(8)
-        cmae.ranks = ranks
+        cmae.share(ranks)
         size = 8 // ranks.world
         own = slice(ranks.rank * size, (ranks.rank + 1) * size)
         batch = Batch(tuple(v[own] for v in whole.crops), whole.seeds_B[own], whole.ids_B[own], 0)

@@ -35,8 +35,8 @@ def patch_targets(image_BHWC: Tensor, p: int, dtype: torch.dtype, *, norm_pix: b
 
 
 def layer_norm(x: Tensor, w: dict[str, Tensor], name: str) -> Tensor:
-    centerd = x - x.mean(-1, keepdim=True)
-    unit = centerd / (centerd.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    centered = x - x.mean(-1, keepdim=True)
+    unit = centered / (centered.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     return unit * w[f"{name}.weight"] + w[f"{name}.bias"]
 
 

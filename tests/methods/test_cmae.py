@@ -62,7 +62,7 @@ def make_cmae(**changes) -> CMAE:
     """With a target branch that differs from the online one, as it does after a step."""
     torch.manual_seed(0)
     cmae = CMAEConfig(**({"hidden": 40, "out": 20} | changes)).build(MODEL)
-    cmae.ranks = Ranks.single()
+    cmae.share(Ranks.single())
     with torch.no_grad():
         for p in [*cmae.target_encoder.parameters(), *cmae.target_projector.parameters()]:
             p.add_(0.02 * torch.randn_like(p))
@@ -219,7 +219,7 @@ TINY = replace(MODEL, depth=1, image_size=16)
 def tiny(ema: float = 0.9, **changes) -> CMAE:
     torch.manual_seed(0)
     cmae = CMAEConfig(hidden=64, out=32, ema=ema, **changes).build(TINY)
-    cmae.ranks = Ranks.single()
+    cmae.share(Ranks.single())
     return cmae
 
 

@@ -21,7 +21,7 @@ def make(**changes) -> CMAEHuang:
     torch.manual_seed(0)
     fields = {"decoder": DECODER, "feature_depth": 1, "hidden": 24, "out": 16} | changes
     method = CMAEHuangConfig(**fields).build(MODEL)
-    method.ranks = Ranks.single()
+    method.share(Ranks.single())
     with torch.no_grad():  # a target that is not the student
         for p in [*method.target_encoder.parameters(), *method.target_projector.parameters()]:
             p.add_(0.05 * torch.randn_like(p)) if p.ndim > 1 else None
@@ -156,7 +156,7 @@ def test_sizes_are_the_published_ones():
 
 def test_what_decays_is_what_the_code_lets_decay():
     method = make()
-    decayed = {name for name, p in method.named_parameters() if method.decays(name, p)}
+    decayed = {name for name, p in method.named_parameters() if method.group(name, p).decay}
     assert {"projector.1.weight", "predictor.1.weight", "encoder.patch_embed.proj.weight"} <= decayed
     for name in ("encoder.cls_token", "encoder.norm.weight", "projector.0.bias", "decoder.mask_token"):
         assert name in dict(method.named_parameters()) and name not in decayed
@@ -168,7 +168,7 @@ def test_the_loss_starts_near_chance_and_says_so():
     method = CMAEHuangConfig(decoder=DECODER, feature_depth=1, hidden=64, out=256, temperature=5.0).build(
         model
     )
-    method.ranks = Ranks.single()
+    method.share(Ranks.single())
     metrics = method(two_views(32)).metrics
     scale = 2 * 5.0
     assert metrics["loss_chance"] == pytest.approx(scale * math.log(32))

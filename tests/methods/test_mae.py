@@ -10,6 +10,7 @@ from fastmim_kernels.testing import assert_no_worse
 from fastmim.interop.mae import to_mae
 from fastmim.methods.mae import MAE, MAEConfig
 from fastmim.models.cutmix import cutmix_mask
+from fastmim.models.tokens import Tokens
 from fastmim.models.vit import ViTConfig
 from fastmim.views import C_MAE, Batch
 
@@ -69,7 +70,7 @@ def test_changing_hidden_pixels_changes_the_target_only(batch):
 def test_no_gradient_flows_from_predictions_of_visible_patches(batch):
     mae = make_mae()
     seen, hidden = split_patches(batch.seeds_B, MODEL.num_patches, mae.num_seen)
-    z = mae.encoder(batch.crops[0], seen)
+    z = mae.encoder(Tokens(batch.crops[0], seen)).tokens_BTD
     (pred,) = mae.decoder(z, (seen,))
     pred.retain_grad()
     hidden_pred = pred.gather(1, hidden[..., None].expand(-1, -1, pred.shape[-1]))

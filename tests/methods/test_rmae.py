@@ -8,9 +8,10 @@ from fastmim_kernels import sample_seeds, split_patches
 from fastmim_kernels.testing import assert_no_worse
 
 from fastmim.interop.mae import to_mae
+from fastmim.methods.losses import scored_mean
 from fastmim.methods.mae import MAEConfig
-from fastmim.methods.rmae import RMAE, RMAEConfig, scored_mean
-from fastmim.models.vit import split_views
+from fastmim.methods.rmae import RMAE, RMAEConfig
+from fastmim.models.tokens import Tokens
 from fastmim.views import Batch
 
 from .conftest import DECODER, MODEL, assert_overfits
@@ -35,9 +36,9 @@ def two_pass_loss(rmae: RMAE, batch: Batch) -> torch.Tensor:
     """The reference of the packed form: each view encoded and decoded on its own."""
     (image,) = batch.crops
     seen1, seen2, scored, weight = rmae.transform(batch.seeds_B)
-    (pred1,) = rmae.decoder(rmae.encoder(image, seen1), (seen1,), scored)
+    (pred1,) = rmae.decoder(rmae.encoder(Tokens(image, seen1)).tokens_BTD, (seen1,), scored)
     second = rmae.decoder if rmae.decoder2 is None else rmae.decoder2
-    (pred2,) = second(rmae.encoder(image, seen2), (seen2,), scored)
+    (pred2,) = second(rmae.encoder(Tokens(image, seen2)).tokens_BTD, (seen2,), scored)
     target = pred2.detach() if rmae.config.detach_target == "distance" else pred2
     per_patch = (pred1 - target).square().mean(-1)
     per_patch = per_patch + rmae.config.relax_weight * rmae.pixel_loss(pred2, image, scored)
@@ -112,8 +113,8 @@ def test_lambda_zero_is_the_distance_of_two_decodes(batch):
     rmae = make_rmae(relax_weight=0.0)
     out = rmae(batch)
     seen1, seen2, scored, _ = rmae.transform(batch.seeds_B)
-    z = rmae.encoder(batch.crops[0], seen1, seen2)
-    pred1, pred2 = rmae.decoder(z, (seen1, seen2), scored)
+    z = rmae.encoder(Tokens(batch.crops[0], seen1), Tokens(batch.crops[0], seen2))
+    pred1, pred2 = rmae.decoder(z.tokens_BTD, (seen1, seen2), scored)
     torch.testing.assert_close(out.loss, (pred1 - pred2).square().mean())
     torch.testing.assert_close(out.loss.detach(), out.metrics["distance"])
 
@@ -123,7 +124,7 @@ def test_with_an_exact_second_branch_it_is_mae(batch):  # Eq. 8 -> Eq. 7 -> Eq. 
     exact = patch_targets(batch.crops[0], MODEL.patch, torch.float32)
 
     def decode_exactly(z, seen, scored):
-        z1, _ = split_views(z, seen)
+        z1, _ = z.split()
         (pred1,) = rmae.decoder(z1, seen[:1], scored)
         return pred1, exact.gather(1, scored[..., None].expand(-1, -1, exact.shape[-1]))
 

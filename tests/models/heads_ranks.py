@@ -23,6 +23,7 @@ def batch_norm(_: Path) -> list:
     def work(ranks: Ranks):
         x, dy, weight, bias = tensors()
         norm = BatchNorm(CHANNELS)
+        norm.ranks = ranks
         with torch.no_grad():
             norm.weight.copy_(weight)
             norm.bias.copy_(bias)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from fastmim.models.block import LinearGELU
 from fastmim.models.heads import BatchNorm, Head
-from fastmim.models.vit import LinearGELU
 from tests.engine.forked import scenarios
 
 from .heads_ranks import CHANNELS, ROWS, tensors

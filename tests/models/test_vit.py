@@ -5,9 +5,10 @@ import torch
 from fastmim_kernels import sample_seeds, split_patches
 
 from fastmim.models import VITS
+from fastmim.models.embed import resize_positions, sincos_2d
 from fastmim.models.mae_decoder import Decoder, DecoderConfig
-from fastmim.models.positions import resize_positions, sincos_2d
-from fastmim.models.vit import Encoder, ViTConfig, split_views, token_sources
+from fastmim.models.tokens import Tokens, token_sources
+from fastmim.models.vit import Encoder, ViTConfig
 
 SMALL = ViTConfig(width=32, depth=2, heads=4, patch=4, image_size=(16, 24))
 
@@ -89,27 +90,32 @@ def images_and_keys(batch: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     return image, sample_seeds(0, 0, torch.arange(batch))
 
 
-def test_views_packed_together_equal_views_alone():
+def shown(encoder: Encoder, image: torch.Tensor, seen: torch.Tensor, **how) -> torch.Tensor:
+    """The tokens of an image of which these patches are visible, with mask tokens elsewhere if it has one."""
+    return encoder(Tokens(image, seen, mask_tokens=encoder.mask_token is not None), **how).tokens_BTD
+
+
+def test_segments_packed_together_equal_passes_of_their_own():
     torch.manual_seed(0)
     encoder = Encoder(SMALL)
     image, keys = images_and_keys()
     seen, hidden = split_patches(keys, 24, 6)
-    packed = split_views(encoder(image, seen, hidden), (seen, hidden))
-    for view, index in zip(packed, (seen, hidden), strict=True):
-        torch.testing.assert_close(view, encoder(image, index), rtol=1e-5, atol=1e-5)
+    packed = encoder(Tokens(image, seen), Tokens(image, hidden)).split()
+    for part, index in zip(packed, (seen, hidden), strict=True):
+        torch.testing.assert_close(part, shown(encoder, image, index), rtol=1e-5, atol=1e-5)
 
 
 def test_the_encoder_sees_the_visible_patches_only():
     encoder = Encoder(SMALL)
     image, keys = images_and_keys()
     seen, hidden = split_patches(keys, 24, 6)
-    before = encoder(image, seen)
+    before = shown(encoder, image, seen)
     blacked = image.clone()
     for b in range(3):
         for n in hidden[b].tolist():
             blacked[b, n // 6 * 4 : n // 6 * 4 + 4, n % 6 * 4 : n % 6 * 4 + 4] = 0
-    assert torch.equal(encoder(blacked, seen), before)
-    assert not torch.equal(encoder(255 - image, seen), before)
+    assert torch.equal(shown(encoder, blacked, seen), before)
+    assert not torch.equal(shown(encoder, 255 - image, seen), before)
 
 
 def test_patch_order_does_not_matter_to_the_class_token():
@@ -117,7 +123,7 @@ def test_patch_order_does_not_matter_to_the_class_token():
     image, keys = images_and_keys()
     seen, _ = split_patches(keys, 24, 6)
     torch.testing.assert_close(
-        encoder(image, seen)[:, 0], encoder(image, seen.flip(1))[:, 0], rtol=1e-5, atol=1e-6
+        shown(encoder, image, seen)[:, 0], shown(encoder, image, seen.flip(1))[:, 0], rtol=1e-5, atol=1e-6
     )
 
 
@@ -155,10 +161,9 @@ def test_bad_sizes_are_refused(changes, message):
         ViTConfig(**({"width": 192, "depth": 2, "heads": 3} | changes))
 
 
-def test_an_encoder_wants_a_view():
-    image, _ = images_and_keys()
-    with pytest.raises(ValueError, match="at least one index tensor"):
-        Encoder(SMALL)(image)
+def test_an_encoder_wants_an_image():
+    with pytest.raises(ValueError, match="at least one image"):
+        Encoder(SMALL)()
 
 
 # --- mask tokens in the encoder -------------------------------------------------------------------------
@@ -190,10 +195,10 @@ def test_every_patch_has_its_place_and_hidden_ones_the_mask_token():
     branch = None
     for block in encoder.blocks:
         x, branch = block(x, branch)
-    z = encoder(image, seen)
+    z = shown(encoder, image, seen)
     assert z.shape == (3, 25, 32)
     torch.testing.assert_close(z, encoder.norm(x, branch)[0])
-    torch.testing.assert_close(encoder(image, seen, final_norm=False), x + branch)
+    torch.testing.assert_close(shown(encoder, image, seen, final_norm=False), branch.added_to(x))
 
 
 def test_with_all_patches_seen_the_mask_token_does_not_matter():
@@ -201,17 +206,17 @@ def test_with_all_patches_seen_the_mask_token_does_not_matter():
     plain.load_state_dict({k: v for k, v in encoder.state_dict().items() if k != "mask_token"})
     image, _ = images_and_keys()
     everything = torch.arange(24).expand(3, 24)
-    torch.testing.assert_close(encoder(image, everything), plain(image, everything))
+    torch.testing.assert_close(shown(encoder, image, everything), shown(plain, image, everything))
 
 
 def test_hidden_pixels_do_not_reach_an_encoder_with_mask_tokens():
     encoder = with_mask_token()
     image, keys = images_and_keys()
     seen, hidden = split_patches(keys, 24, 6)
-    before = encoder(image, seen)
+    before = shown(encoder, image, seen)
     for b, n in [(row, n) for row in range(3) for n in hidden[row].tolist()]:
         image[b, n // 6 * 4 : n // 6 * 4 + 4, n % 6 * 4 : n % 6 * 4 + 4] ^= 0x7F
-    assert torch.equal(encoder(image, seen), before)
+    assert torch.equal(shown(encoder, image, seen), before)
     before.sum().backward()
     assert encoder.mask_token.grad.any()
 
@@ -220,11 +225,7 @@ def test_the_last_norm_can_be_left_out():
     encoder = Encoder(SMALL)
     image, keys = images_and_keys()
     seen, hidden = split_patches(keys, 24, 6)
-    z = encoder(image, seen, hidden, final_norm=False)
-    torch.testing.assert_close(encoder.norm(z)[0], encoder(image, seen, hidden))
-
-
-def test_an_encoder_with_mask_tokens_wants_one_view():
-    image, keys = images_and_keys()
-    with pytest.raises(ValueError, match="want one view of an image for an encoder with mask tokens, got 2"):
-        with_mask_token()(image, *split_patches(keys, 24, 6))
+    z = encoder(Tokens(image, seen), Tokens(image, hidden), final_norm=False).tokens_BTD
+    torch.testing.assert_close(
+        encoder.norm(z)[0], encoder(Tokens(image, seen), Tokens(image, hidden)).tokens_BTD
+    )

@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace, steps: int) -> Step:
         model = replace(model, depth=arguments.depth)
     torch.manual_seed(0)
     method = config.build(model)
-    method.ranks = Ranks.single()
+    method.share(Ranks.single())
     if arguments.compile:
         method.compile(dynamic=False)
     engine = make_engine(method, config, model, arguments)

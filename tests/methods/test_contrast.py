@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmim.engine.ranks import Ranks
-from fastmim.methods.cmae_loss import Keys, compare_tokens, cosine, info_nce_range, token_info_nce
+from fastmim.methods.contrast import Keys, compare_tokens, cosine, info_nce_range, token_info_nce
 
 from .test_cmae import make_cmae, make_pair
 
@@ -208,7 +208,7 @@ def test_any_number_of_ranks_gives_the_loss_and_the_gradients_of_one(world, chan
     mean = 0.0
     for leave in (True, False):
         for r in range(world):
-            cmae.ranks = passes.rank(r, leave=leave)
+            cmae.share(passes.rank(r, leave=leave))
             own = slice(r * size, (r + 1) * size)
             part = type(batch)(tuple(v[own] for v in batch.crops), batch.seeds_B[own], batch.ids_B[own], 0)
             result = cmae(part)

@@ -1,0 +1,25 @@
+"""Distances that several papers take unchanged: of predicted patches to pixels, and means over them."""
+
+from fastmim_kernels import norm_pix_loss_image
+from torch import Tensor
+
+from fastmim.models.vit import ViTConfig
+
+
+def pixel_loss(
+    pred_BLP: Tensor, image_BHWC: Tensor, index_BL: Tensor, model: ViTConfig, *, normalize: bool
+) -> Tensor:
+    """Mean squared error of each predicted patch against the pixels of the uint8 image. `[B, L]` fp32.
+
+    With `normalize` against pixels normalized by the mean and deviation of their patch (arXiv:2111.06377).
+    """
+    return norm_pix_loss_image(
+        pred_BLP, image_BHWC, index_BL, model.patch, model.pixel_mean, model.pixel_std, normalize=normalize
+    )
+
+
+def scored_mean(loss_BL: Tensor, weight_BL: Tensor | None) -> Tensor:
+    """Mean over the scored patches of the micro-batch: Sum w l / Sum w, 0 if there are none."""
+    if weight_BL is None:
+        return loss_BL.mean()
+    return (loss_BL * weight_BL).sum() / weight_BL.sum().clamp(min=1)
