@@ -24,7 +24,6 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 
 import argparse
 import resource
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -74,19 +73,11 @@ def from_folder(
     folder: Path, method: Method, model: ViTConfig, arguments: argparse.Namespace, stack: ExitStack
 ) -> Iterator[Batch]:
     """Batches as real training gets them: read, decoded, cropped, on the device."""
-    from fastmim.data import DataConfig, Loader, SampleOrder, find_images
+    from fastmim.data import DataConfig, find_images, open_loader
 
-    images = find_images(folder)
-    loader = Loader(
-        images,
-        method.crops,
-        SampleOrder(len(images), arguments.batch),
-        config=DataConfig(path=folder, decoder=arguments.decoder),
-        channels=model.channels,
-        seed=0,
-        device=torch.device(DEVICE, torch.cuda.current_device()) if DEVICE == "cuda" else torch.device("cpu"),
-        bad_samples=Path(stack.enter_context(tempfile.TemporaryDirectory())) / "bad_samples.jsonl",
-    )
+    config = DataConfig(path=folder, decoder=arguments.decoder)
+    images, batch = find_images(folder), arguments.batch
+    loader = open_loader(images, method.crops, batch, config=config, channels=model.channels)
     return iter(stack.enter_context(loader))
 
 

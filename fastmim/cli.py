@@ -8,15 +8,9 @@ fastmim knn RUN_DIR --train A --test B  how well nearest neighbors read its froz
 fastmim doctor [--json]                 what this machine will run on, and why
 """
 
-import argparse
 import difflib
-import json
-import os
-import signal
 import sys
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 
 
 def train(arguments: list[str]) -> None:
@@ -26,114 +20,41 @@ def train(arguments: list[str]) -> None:
 
 
 def export(arguments: list[str]) -> None:
-    from fastmim.interop.mae import export_mae
+    from fastmim.commands import export as command
 
-    parser = argparse.ArgumentParser(
-        prog="fastmim export", description="Write a run's weights as an MAE checkpoint."
-    )
-    parser.add_argument("run_dir", type=Path, help="a run directory, or a model.safetensors")
-    parser.add_argument(
-        "file", type=Path, help="where to write: .pth as facebookresearch/mae, or .safetensors"
-    )
-    args = parser.parse_args(arguments)
-    try:
-        export_mae(args.run_dir, args.file)
-    except ValueError as error:
-        parser.exit(2, f"fastmim: error: {error}\n")
+    command.main(arguments)
 
 
 def data(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="fastmim data", description="Look after a set of images.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    pack = commands.add_parser(
-        "pack", help="a set as tar shards", description="Pack a set into tar shards, or go on after a kill."
-    )
-    pack.add_argument("source", type=Path, metavar="SRC", help="folder, list, tar or Parquet shards")
-    pack.add_argument("folder", type=Path, metavar="DST", help="where the shards go")
-    pack.add_argument("--short-side", type=int, help="larger images are resized to it; without it none is")
-    pack.add_argument("--quality", type=int, default=90, help="of resized JPEG and WebP (default: 90)")
-    pack.add_argument("--shard-mb", type=int, default=256, help="largest shard, 10^6 bytes (default: 256)")
-    verify = commands.add_parser(
-        "verify",
-        help="which images are bad",
-        description="Decode every image as a run does; exit 1 if one is bad.",
-    )
-    verify.add_argument(
-        "--decoder", choices=("dali", "pillow"), default="dali", help="that of the run (default: dali)"
-    )
-    index = commands.add_parser("index", help="index a set anew", description="Index a set anew.")
-    stats = commands.add_parser("stats", help="what a set is like", description="Counts, sizes, colors.")
-    stats.add_argument("--json", action="store_true", help="as JSON, with every class")
-    for command in (verify, index, stats):
-        command.add_argument("path", type=Path, metavar="PATH", help="folder, list, tar or Parquet shards")
-    for command in (pack, verify, stats):
-        command.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads")
-    args = parser.parse_args(arguments)
-    if getattr(args, "workers", 1) < 1:
-        parser.exit(2, f"fastmim: error: want --workers >= 1, got {args.workers}\n")
-    from fastmim.data import commands as run
+    from fastmim.commands import data as command
 
-    try:
-        sys.exit(run.COMMANDS[args.command](args))
-    except ValueError as error:
-        parser.exit(2, f"fastmim: error: {error}\n")
-    except OSError as error:  # a full disk, a folder that cannot be written
-        parser.exit(1, f"fastmim: error: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "fastmim: interrupted\n")
+    command.main(arguments)
 
 
-def probe(name: str, arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog=f"fastmim {name}", description="Read an encoder's frozen features of labeled images."
-    )
-    parser.add_argument("run_dir", type=Path, help="a run directory, or an encoder.safetensors")
-    parser.add_argument("--train", type=Path, required=True, help="labeled images to read from")
-    parser.add_argument("--test", type=Path, required=True, help="labeled images to be read")
-    parser.add_argument(
-        "--crop", type=float, default=224 / 256, help="central part of the short side (0.875)"
-    )
-    parser.add_argument("--most", type=int, metavar="N", help="N images of each set, evenly spaced (all)")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="decoding threads")
-    args = parser.parse_args(arguments)
-    if (args.most is not None and args.most < 1) or args.workers < 1:
-        parser.exit(2, f"fastmim: error: want --most and --workers >= 1, got {args.most}, {args.workers}\n")
-    from fastmim.engine.evaluate import evaluate
+def knn(arguments: list[str]) -> None:
+    from fastmim.commands import probe as command
 
-    try:
-        for what, value in evaluate(
-            name,
-            args.run_dir,
-            args.train,
-            args.test,
-            fraction=args.crop,
-            most=args.most,
-            threads=args.workers,
-        ):
-            print(f"{what:>18}  {value:.4g}" if "lambda" in what else f"{what:>18}  {100 * value:.2f} %")
-    except ValueError as error:
-        parser.exit(2, f"fastmim: error: {error}\n")
+    command.main("knn", arguments)
+
+
+def ridge(arguments: list[str]) -> None:
+    from fastmim.commands import probe as command
+
+    command.main("ridge", arguments)
 
 
 def doctor(arguments: list[str]) -> None:
-    from fastmim.engine.doctor import print_report, report
+    from fastmim.commands import doctor as command
 
-    parser = argparse.ArgumentParser(
-        prog="fastmim doctor", description="What this machine will run on, and why."
-    )
-    parser.add_argument("--json", action="store_true", help="as JSON")
-    args = parser.parse_args(arguments)
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `fastmim doctor | head` is no error
-    content = report()
-    print(json.dumps(content, indent=2)) if args.json else print_report(content)
+    command.main(arguments)
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "export": export,
     "data": data,
-    "knn": partial(probe, "knn"),
-    "ridge": partial(probe, "ridge"),
+    "knn": knn,
+    "ridge": ridge,
     "doctor": doctor,
 }
 

@@ -43,6 +43,15 @@ def test_tools_agree(command):
     assert run.returncode == 0, run.stdout + run.stderr
 
 
+def test_only_the_engine_knows_torch_distributed():
+    """import-linter sees packages, and torch is one: here the lines that import it are read."""
+    for path in [*(ROOT / "fastmim").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+        if "engine" not in path.parts:
+            assert not re.search(
+                r"torch\.distributed|from torch import .*\bdistributed\b", path.read_text()
+            ), path
+
+
 def test_the_kernels_need_nothing_but_torch_and_triton():
     code = "import sys, fastmim_kernels; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

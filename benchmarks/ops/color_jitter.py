@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks.harness import Case
 from benchmarks.provenance import DEVICE
-from fastmim.data.color import ColorDraws, draw_colors
+from fastmim.data.augment.color import ColorDraws, draw_colors
 from fastmim.views import BYOL_FIRST, SIMSIAM
 
 IMAGES = [64, 512] if DEVICE == "cuda" else [16]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.harness import Case
 from benchmarks.provenance import DEVICE
-from fastmim.data.crop import draw_boxes
+from fastmim.data.augment.crop import draw_boxes
 from fastmim.views import Crop
 
 HEIGHT, WIDTH = 375, 500

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from benchmarks.clock import quantiles
 from benchmarks.pipeline.loader import rate
-from benchmarks.pipeline.providers import random_box, views_of
+from benchmarks.pipeline.providers import random_box, crops_of
 from benchmarks.provenance import DEVICE, RESULTS, ROOT, append, environment
 from fastmim.data import why_no_dali
 
@@ -79,7 +79,7 @@ def baseline(folder: Path, batch: int, threads: int, size: int) -> Iterator[Tens
 def ours(cache: str, decoder: str, folder: Path, batch: int, threads: int, size: int) -> Iterator[Tensor]:
     from fastmim.data import DataConfig
 
-    yield from views_of(DataConfig(path=folder, decoder=decoder, cache=cache, threads=threads), batch, size)
+    yield from crops_of(DataConfig(path=folder, decoder=decoder, cache=cache, threads=threads), batch, size)
 
 
 DECODER = "pillow" if why_no_dali() else "dali"

@@ -30,11 +30,12 @@ from benchmarks.pipeline import parity_boxes, parity_files, parity_page
 from benchmarks.pipeline import parity_reference as reference
 from benchmarks.provenance import DEVICE, RESULTS, ROOT, append, environment
 from fastmim.data import Images, find_images, why_no_dali
-from fastmim.data.color import apply_colors, draw_colors
-from fastmim.data.crop import draw_boxes
-from fastmim.data.decoder import Request, make_decoder
-from fastmim.data.draws import Draws, draw_crops
-from fastmim.data.header import BadImage, image_size
+from fastmim.data.augment.color import apply_colors, draw_colors
+from fastmim.data.augment.crop import draw_boxes
+from fastmim.data.augment.draws import Draws, draw_crops
+from fastmim.data.decode.choose import make_decoder
+from fastmim.data.decode.contract import Request
+from fastmim.data.decode.header import BadImage, image_size
 from fastmim.views import BYOL_SECOND, C_MAE, Color, Crop
 
 SAMPLE = ROOT.parent / "shared" / "data" / "imagenet-sample-100.tar"

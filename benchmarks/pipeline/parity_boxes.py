@@ -15,7 +15,7 @@ import torch
 from fastmim_kernels import sample_seeds
 
 from benchmarks.pipeline import parity_reference
-from fastmim.data.crop import draw_boxes
+from fastmim.data.augment.crop import draw_boxes
 from fastmim.views import Crop
 
 LAWS = {  # each with random numbers of its own

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from benchmarks.pipeline import parity_reference as reference
 from benchmarks.provenance import DEVICE
-from fastmim.data.decoder import DecoderName, Rejected, Request, make_decoder
-from fastmim.data.draws import Draws
-from fastmim.data.header import image_size
+from fastmim.data.augment.draws import Draws
+from fastmim.data.decode.choose import DecoderName, make_decoder
+from fastmim.data.decode.contract import Rejected, Request
+from fastmim.data.decode.header import image_size
 from fastmim.views import Crop
 
 BATCH = 16  # whole images that DALI holds at a time

@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.clock import quantiles, take_turns
 from benchmarks.pipeline import parity_reference as reference
 from benchmarks.provenance import DEVICE
-from fastmim.data.color import ColorDraws, draw_colors
+from fastmim.data.augment.color import ColorDraws, draw_colors
 from fastmim.views import BYOL_FIRST, SIMSIAM, Color
 
 SIDE, CELL, GAP = 224, 112, 4

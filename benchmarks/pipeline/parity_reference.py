@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from fastmim.data.color import ColorDraws
+from fastmim.data.augment.color import ColorDraws
 from fastmim.views import Crop
 
 Box = tuple[int, int, int, int]  # top, left, height, width

@@ -1,7 +1,6 @@
 """What loader.py races: the DataLoader of other code, DALI's own graph, and ours."""
 
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,26 +148,15 @@ def ours(turn: Turn, decoder: Any) -> Iterator[Tensor]:
     config = DataConfig(
         path=turn.folder, decoder=decoder, threads=turn.threads, hw_decoder_load=turn.hw_decoder_load
     )
-    yield from views_of(config, turn.batch, SIZE)
+    yield from crops_of(config, turn.batch, SIZE)
 
 
-def views_of(config: Any, batch: int, size: int) -> Iterator[Tensor]:
+def crops_of(config: Any, batch: int, size: int) -> Iterator[Tensor]:
     """What our loader makes of the images at `config.path`: uint8 `[batch, size, size, 3]`, for ever."""
-    from fastmim.data import Loader, SampleOrder, find_images
+    from fastmim.data import find_images, open_loader
     from fastmim.views import Crop
 
-    images = find_images(config.path)
-    loader = Loader(
-        images,
-        (Crop(size=(size, size)),),
-        SampleOrder(len(images), batch),
-        config=config,
-        channels=3,
-        seed=0,
-        device=torch.device("cuda", torch.cuda.current_device()) if DEVICE == "cuda" else torch.device("cpu"),
-        bad_samples=Path(tempfile.mkdtemp()) / "bad_samples.jsonl",
-    )
-    with loader:
+    with open_loader(find_images(config.path), (Crop(size=(size, size)),), batch, config=config) as loader:
         for found in loader:
             yield found.crops[0]
 

@@ -14,7 +14,6 @@ import argparse
 import gc
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,28 +76,25 @@ def memory_mib() -> dict[str, float]:
 
 def soak(folder: Path, a: argparse.Namespace) -> tuple[list[dict[str, float]], list[str]]:
     """Memory after each epoch, and what the closed loader left."""
-    from fastmim.data import DataConfig, Loader, SampleOrder, find_images
+    from fastmim.data import DataConfig, find_images, open_loader
     from fastmim.views import Crop
 
     images = find_images(folder)
-    order = SampleOrder(len(images), min(a.batch, len(images)))
-    device = torch.device(DEVICE, torch.cuda.current_device()) if DEVICE == "cuda" else torch.device("cpu")
+    batch = min(a.batch, len(images))
+    steps = len(images) // batch
+    config = DataConfig(path=folder, decoder=a.decoder, threads=a.threads)
     rows = []
     # what the process starts once for all: pools of torch and DALI stay, whoever used them first
     for epochs, keep in ((1, False), (a.epochs, True)):
         before = Held.now()
-        loader = Loader(
-            images, (Crop(size=(a.size, a.size)),), order,
-            config=DataConfig(path=folder, decoder=a.decoder, threads=a.threads), channels=3, seed=0,
-            device=device, bad_samples=Path(tempfile.gettempdir()) / f"soak-{os.getpid()}.jsonl",
-        )  # fmt: skip
+        loader = open_loader(images, (Crop(size=(a.size, a.size)),), batch, config=config)
         with loader:
             for epoch in range(epochs):
                 start = time.perf_counter()
-                for _ in range(order.steps_per_epoch):
+                for _ in range(steps):
                     next(loader)
                 if keep:
-                    rate = order.steps_per_epoch * order.batch / (time.perf_counter() - start)
+                    rate = steps * batch / (time.perf_counter() - start)
                     rows.append(memory_mib())
                     sizes = "  ".join(f"{name} {mib:.1f} MiB" for name, mib in rows[-1].items())
                     print(f"epoch {epoch + 1:>3}  {sizes}  {rate:.0f} img/s", flush=True)
@@ -126,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not 1 <= a.warm_up < a.epochs:
         parser.error(f"want 1 <= warm-up < epochs, got {a.warm_up} and {a.epochs}")
     if a.folder is None:
-        from fastmim.data.sample import sample_set
+        from fastmim.data.sources.sample import sample_set
 
         a.folder = sample_set() / "train"
     rows, left = soak(a.folder, a)

@@ -20,7 +20,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as fastmim/train.py; read
 
 import argparse
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -56,7 +55,7 @@ class Work:
 
 
 def open_work(name: str, folder: Path, a: argparse.Namespace, stack: ExitStack) -> Work:
-    from fastmim.data import DataConfig, Loader, SampleOrder, find_images
+    from fastmim.data import DataConfig, find_images, open_loader
 
     if not hasattr(METHODS[name](), "decoder"):
         a = argparse.Namespace(**{**vars(a), "decoder_size": None})
@@ -65,17 +64,8 @@ def open_work(name: str, folder: Path, a: argparse.Namespace, stack: ExitStack) 
     method = config.build(model)
     method.share(Ranks.single())  # the DeepSpeed engine has its own
     engine = make_engine(method, config, model, a)
-    images = find_images(folder)
-    loader = Loader(
-        images,
-        method.crops,
-        SampleOrder(len(images), a.batch),
-        config=DataConfig(path=folder, decoder=a.decoder, threads=a.threads),
-        channels=model.channels,
-        seed=0,
-        device=torch.device(DEVICE, torch.cuda.current_device()) if DEVICE == "cuda" else torch.device("cpu"),
-        bad_samples=Path(stack.enter_context(tempfile.TemporaryDirectory())) / "bad_samples.jsonl",
-    )
+    data = DataConfig(path=folder, decoder=a.decoder, threads=a.threads)
+    loader = open_loader(find_images(folder), method.crops, a.batch, config=data, channels=model.channels)
     batches = iter(stack.enter_context(loader))
     return Work(engine, method, batches, synthetic(method, model.channels, a.batch), model)
 
@@ -155,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if min(a.batch, a.steps, a.rounds) < 1:
         p.error(f"want batch, steps and rounds of 1 or more, got {a.batch}, {a.steps}, {a.rounds}")
     if a.folder is None:
-        from fastmim.data.sample import sample_set
+        from fastmim.data.sources.sample import sample_set
 
         a.folder = sample_set() / "train"
     env = environment()

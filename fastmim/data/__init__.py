@@ -1,13 +1,13 @@
 """Images in, uint8 crops out: sources, sample order, crops, decoders, the loader. Knows no method."""
 
-from fastmim.data.bad import BadImages
 from fastmim.data.config import DataConfig
-from fastmim.data.decoder import check_decoder, why_no_dali
-from fastmim.data.loader import Loader
-from fastmim.data.memory import MemoryImages
-from fastmim.data.order import SampleOrder
-from fastmim.data.sizes import Sizes, look_at_sizes
-from fastmim.data.source import Images, find_images
+from fastmim.data.decode.choose import check_decoder, why_no_dali
+from fastmim.data.feed.bad import BadImages
+from fastmim.data.feed.loader import Loader, open_loader
+from fastmim.data.feed.order import SampleOrder
+from fastmim.data.feed.sizes import Sizes, look_at_sizes
+from fastmim.data.sources.memory import MemoryImages
+from fastmim.data.sources.source import Images, find_images
 
 __all__ = [
     "BadImages",
@@ -20,5 +20,6 @@ __all__ = [
     "check_decoder",
     "find_images",
     "look_at_sizes",
+    "open_loader",
     "why_no_dali",
 ]

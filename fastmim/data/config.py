@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fastmim.data.decoder import HW_DECODER_LOAD, DecoderName
+from fastmim.data.decode.choose import HW_DECODER_LOAD, DecoderName
 from fastmim.views import Augmentation
 
 CacheName = Literal["none", "ram", "device"]

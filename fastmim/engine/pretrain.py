@@ -21,8 +21,8 @@ from fastmim.data import (
     find_images,
     look_at_sizes,
 )
-from fastmim.data.sample import sample_set
-from fastmim.data.sizes import bytes_as_text
+from fastmim.data.feed.sizes import bytes_as_text
+from fastmim.data.sources.sample import sample_set
 from fastmim.engine.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from fastmim.engine.config import (
     Plan,
@@ -53,13 +53,13 @@ from fastmim.engine.shards import checkpoint_bytes, restore, write_shards
 from fastmim.engine.teacher import Teacher, check_copies, copy_students
 from fastmim.interop.mae import (
     check_names,
-    encoder_metadata,
     from_mae,
     missing_in,
     to_file,
     to_timm,
     words_on_weights,
 )
+from fastmim.interop.metadata import architecture_of, encoder_metadata
 from fastmim.interop.weights_file import read_weights
 from fastmim.methods.base import Method
 from fastmim.optim import check_optimizer
@@ -343,11 +343,11 @@ def cache_line(p: Prepared) -> list[tuple[str, str]]:
 
 def write_results(run: Run, run_dir: Path, state: dict[str, Tensor], batch: Batch) -> None:
     """The weights, the encoder alone, and the pictures, on one rank, from whole fp32 weights."""
-    metadata = encoder_metadata(run.model)
+    method = run.method.build(replace(run.model, attention="auto"))  # in fp32, which xformers may not serve
+    metadata = encoder_metadata(run.model, architecture_of(method.encoder))
     save_file(to_timm(state), run_dir / "encoder.safetensors", metadata=metadata)
     save_file(to_file(state), run_dir / "model.safetensors", metadata=metadata)
     draw_loss(run_dir / "metrics.jsonl", run_dir / "loss.png")
-    method = run.method.build(replace(run.model, attention="auto"))  # in fp32, which xformers may not serve
     method.load_state_dict(state)
     picture = method.to(batch.seeds_B.device).eval().reconstruct(batch)
     if picture is not None:

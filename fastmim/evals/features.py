@@ -1,6 +1,8 @@
 """Frozen features of an encoder: one vector per image, from all of its patches.
 
 cls    the class token after the final norm         mean   the mean of the patch tokens after it
+
+Swin has no class token: of it there is the mean alone.
 """
 
 from collections.abc import Iterable
@@ -9,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastmim.models.swin import SwinEncoder
 from fastmim.models.tokens import Tokens
 from fastmim.models.vit import Encoder
 
@@ -16,14 +19,20 @@ Feature = Literal["cls", "mean"]
 
 
 @torch.no_grad()
-def features_of(encoder: Encoder, batches: Iterable[Tensor], device: torch.device) -> dict[Feature, Tensor]:
+def features_of(
+    encoder: Encoder | SwinEncoder, batches: Iterable[Tensor], device: torch.device
+) -> dict[Feature, Tensor]:
     """Both features, fp32 `[N, D]` on `device`, of uint8 images `[B, H, W, C]` in batches on any device."""
     encoder = encoder.to(device).eval()
-    found: dict[Feature, list[Tensor]] = {"cls": [], "mean": []}
+    found: dict[Feature, list[Tensor]] = (
+        {"mean": []} if isinstance(encoder, SwinEncoder) else {"cls": [], "mean": []}
+    )
     for image_BHWC in batches:
         z_BTD = encoder(Tokens(image_BHWC.to(device))).tokens_BTD.float()
-        found["cls"].append(z_BTD[:, 0])
-        found["mean"].append(z_BTD[:, 1:].mean(1))
+        if "cls" in found:
+            found["cls"].append(z_BTD[:, 0])
+            z_BTD = z_BTD[:, 1:]
+        found["mean"].append(z_BTD.mean(1))
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 

@@ -24,11 +24,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastmim.interop.weights_file import read_weights
-from fastmim.models.vit import ViTConfig
 
 ENCODER, DECODER, DECODER2 = "encoder.", "decoder.", "decoder2."
-BARE = {  # the first words of MAE's names
-    ENCODER: {"cls_token", "pos_embed", "patch_embed", "blocks", "norm"},
+BARE = {  # the first words of MAE's names, and of timm's Beit and Swin
+    ENCODER: {"cls_token", "pos_embed", "patch_embed", "blocks", "norm", "rel_pos_bias", "layers"},
     DECODER: {
         "mask_token", "decoder_embed", "decoder_pos_embed", "decoder_blocks", "decoder_norm", "decoder_pred",
     },
@@ -137,17 +136,6 @@ def words_on_weights(flat: Mapping[str, Tensor], wanted: Iterable[str]) -> str:
 def abridged(words: list[str], most: int = 3) -> str:
     rest = len(words) - most
     return ", ".join(words[:most]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def encoder_metadata(c: ViTConfig) -> dict[str, str]:
-    """What a reader of the encoder's weights needs to know, as safetensors metadata: strings only."""
-    height, width = c.size
-    values = {
-        "format": "pt", "width": c.width, "depth": c.depth, "heads": c.heads, "patch": c.patch,
-        "channels": c.channels, "image_height": height, "image_width": width,
-        "mean": list(c.pixel_mean), "std": list(c.pixel_std),
-    }  # fmt: skip
-    return {name: str(value) for name, value in values.items()}
 
 
 def export_mae(source: Path, target: Path) -> None:

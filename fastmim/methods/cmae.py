@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from fastmim.methods.base import Method, MethodConfig, Output
 from fastmim.methods.contrast import Distance, Keys, Negatives, compare_tokens
 from fastmim.methods.health import collapse, health
-from fastmim.methods.masking import SECOND_DRAW, check_ratio, num_seen_checked
+from fastmim.methods.masking import check_ratio, num_seen_checked
 from fastmim.methods.targets import cosine_momentum, teacher_of
 from fastmim.methods.variants import Variant, columns_of_table_5
 from fastmim.methods.work import Linear, Stack, Work, head_work
@@ -51,6 +51,7 @@ from fastmim.models.heads import Head, Norm
 from fastmim.models.mae_decoder import DecoderConfig
 from fastmim.models.tokens import Tokens
 from fastmim.models.vit import Encoder, ViTConfig
+from fastmim.streams import MASK, SECOND_MASK
 from fastmim.views import C_MAE, Batch, Crop
 
 NO_MASK_TOKEN = {"mask_token": False, "t2": "full"}
@@ -305,7 +306,7 @@ class CMAE(Method):
         seen1_BK, hidden1_BL = split_patches(seeds_B, N, self.num_seen)
         if t2 == "complement":
             return seen1_BK, hidden1_BL
-        stream = SECOND_DRAW if t2 == "independent" else 0
+        stream = SECOND_MASK.of() if t2 == "independent" else MASK.of()
         return seen1_BK, split_patches(seeds_B, N, self.num_seen2, stream=stream)[0]
 
     def direction(

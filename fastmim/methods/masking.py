@@ -2,8 +2,6 @@
 
 from fastmim_kernels import num_seen
 
-SECOND_DRAW = 1  # the random stream of a second mask of the same sample; the first has stream 0
-
 
 def check_ratio(name: str, ratio: float) -> None:
     """ValueError, naming the flag, unless the ratio lies between 0 and 1."""

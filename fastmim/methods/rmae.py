@@ -26,11 +26,12 @@ from torch import Tensor
 
 from fastmim.methods.base import Output
 from fastmim.methods.losses import scored_mean
-from fastmim.methods.masking import SECOND_DRAW, check_ratio, num_seen_checked
+from fastmim.methods.masking import check_ratio, num_seen_checked
 from fastmim.methods.pixels import PixelConfig, PixelMethod
 from fastmim.models.mae_decoder import Decoder
 from fastmim.models.tokens import Encoded, Tokens
 from fastmim.models.vit import ViTConfig
+from fastmim.streams import SECOND_MASK
 from fastmim.views import Batch
 
 
@@ -99,7 +100,7 @@ class RMAE(PixelMethod):
         if self.config.t2 == "full":
             everything_BN = torch.arange(N, device=seeds_B.device).expand(len(seeds_B), N)
             return seen1_BK, everything_BN, hidden1_BL, None
-        seen2_BK, _ = split_patches(seeds_B, N, self.num_seen2, stream=SECOND_DRAW)
+        seen2_BK, _ = split_patches(seeds_B, N, self.num_seen2, stream=SECOND_MASK.of())
         shown2_BN = torch.zeros(len(seeds_B), N, device=seeds_B.device).scatter_(1, seen2_BK, 1.0)
         return seen1_BK, seen2_BK, hidden1_BL, shown2_BN.gather(1, hidden1_BL)
 

@@ -11,19 +11,19 @@ ranks, like the box, which each image draws for itself.
 Source  Yun et al., arXiv:1905.04899; snapped to patches for arXiv:2208.04164, Table 5, whose own rule is not
         published.
 Shapes  B images, even; N = rows * columns patches in rows.
-Draws   words 0..2 of stream 90: lambda, row and column of the center.
+Draws   words 0..2 of the stream of its own: lambda, row and column of the center.
 """
 
 import torch
 from fastmim_kernels import draw_uniform
 from torch import Tensor
 
-STREAM = 90
+from fastmim.streams import CUTMIX
 
 
 def cutmix_mask(seeds_B: Tensor, grid: tuple[int, int]) -> Tensor:
     """Which patches each image takes from its partner, bool `[B, N]`, on the keys' device."""
-    u_B3 = draw_uniform(seeds_B, 3, STREAM)
+    u_B3 = draw_uniform(seeds_B, 3, CUTMIX.of())
     side_B = u_B3[:, 0].neg().add(1).sqrt()  # lambda = u_0
     inside = []
     for cells, center_B in zip(grid, u_B3[:, 1:].unbind(1), strict=True):

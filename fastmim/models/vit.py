@@ -26,13 +26,13 @@ from fastmim.models.block import AddNorm, Bias, Block, QKVBias
 from fastmim.models.embed import MARGIN, Grid, PatchEmbed, RelativePositionBias, resize_positions, sincos_2d
 from fastmim.models.init import INITS, Init
 from fastmim.models.tokens import Encoded, Tokens, every_patch, runs_of, token_sources
+from fastmim.streams import DROP_PATH
 
 Positions = Literal["sincos", "learned", "relative", "relative_per_block"]
 PIXEL_STATISTICS = {  # mean, std of ImageNet; of its gray version for one channel
     3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     1: ((0.449,), (0.226,)),
 }
-DROP_PATH = 700  # the random stream of the draws of drop path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,7 +251,9 @@ class Encoder(nn.Module):
         if seeds_B is None:
             raise ValueError("want the seeds of the samples in training, to draw drop path from, got none")
         S = len(lengths)
-        uniform = draw_uniform(seeds_B, 2 * depth * S, DROP_PATH).view(-1, depth, 2, S).permute(1, 2, 0, 3)
+        uniform = (
+            draw_uniform(seeds_B, 2 * depth * S, DROP_PATH.of()).view(-1, depth, 2, S).permute(1, 2, 0, 3)
+        )
         repeats = torch.tensor(lengths, device=seeds_B.device)
         keeps: list[Tensor | None] = []
         for i, drawn_2BS in enumerate(uniform):

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks import frozen
-from fastmim.interop.mae import encoder_metadata
+from fastmim.interop.metadata import encoder_metadata
 from fastmim.models.vit import Encoder, ViTConfig
 from tests.engine.conftest import write_images
 

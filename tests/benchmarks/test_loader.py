@@ -9,7 +9,7 @@ import torch
 from fastmim_kernels import sample_seeds
 
 from benchmarks.pipeline import loader, providers
-from fastmim.data.crop import draw_boxes
+from fastmim.data.augment.crop import draw_boxes
 from fastmim.views import Crop
 
 pytest.importorskip("PIL")

@@ -12,7 +12,7 @@ from fastmim_kernels import resized_crop, sample_seeds
 from PIL import Image
 
 from benchmarks.pipeline import parity, parity_boxes, parity_files, parity_page, parity_reference
-from fastmim.data.crop import draw_boxes
+from fastmim.data.augment.crop import draw_boxes
 from fastmim.views import Crop
 from tests.data.conftest import encode
 

@@ -146,11 +146,13 @@ def work(seed: int, first: int, end: int) -> None:
     """A line before and after every eight images: what became of them, and where decoders differ."""
     import torch
 
-    from fastmim.data import MemoryImages, header
-    from fastmim.data.decoder import Request, make_decoder
-    from fastmim.data.draws import Draws
-    from fastmim.data.pixels import for_dali
-    from fastmim.data.whole import decode_all
+    from fastmim.data import MemoryImages
+    from fastmim.data.augment.draws import Draws
+    from fastmim.data.decode import header
+    from fastmim.data.decode.choose import make_decoder
+    from fastmim.data.decode.contract import Request
+    from fastmim.data.decode.pixels import for_dali
+    from fastmim.data.feed.whole import decode_all
     from fastmim.views import Crop
 
     header.MAX_PIXELS = MAX_PIXELS

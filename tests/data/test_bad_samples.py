@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from fastmim.data import BadImages, MemoryImages, find_images
-from fastmim.data.decoder import Rejected, Request, make_decoder
-from fastmim.data.draws import Draws
-from fastmim.data.header import BadImage, image_size
+from fastmim.data.augment.draws import Draws
+from fastmim.data.decode.choose import make_decoder
+from fastmim.data.decode.contract import Rejected, Request
+from fastmim.data.decode.header import BadImage, image_size
 from fastmim.views import Crop
 
 from .conftest import assert_same, encode, take
@@ -177,8 +178,9 @@ def test_bad_files_cost_little_time_and_no_memory(tmp_path, open_loader, decoder
 
 CRASHES = """
 import sys, numpy as np, torch
-from fastmim.data.decoder import Rejected, Request, make_decoder
-from fastmim.data.draws import draw_crops
+from fastmim.data.decode.contract import Rejected, Request
+from fastmim.data.decode.choose import make_decoder
+from fastmim.data.augment.draws import draw_crops
 from fastmim.views import Crop
 crops, good, bad = [Crop(size=(16, 16))], *(bytes.fromhex(line) for line in sys.stdin.read().split())
 draws = draw_crops(torch.arange(64), np.array([(20, 24)] * 64), crops)

@@ -11,9 +11,10 @@ import torch
 from fastmim_kernels.philox import sample_seeds
 from PIL import Image
 
-from fastmim.data import DataConfig, MemoryImages, find_images, look_at_sizes, sizes
-from fastmim.data.crop import draw_boxes
-from fastmim.data.source import Images
+from fastmim.data import DataConfig, MemoryImages, find_images, look_at_sizes
+from fastmim.data.augment.crop import draw_boxes
+from fastmim.data.feed import sizes
+from fastmim.data.sources.source import Images
 from fastmim.views import BYOL_FIRST, C_MAE, Crop
 
 from .conftest import assert_same, encode, take
@@ -246,7 +247,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_decoded(folder, open_lo
         sized(taken - 1)
     with pytest.raises(ValueError, match="2 times, once for each rank of this node.*pack --short-side"):
         sized(2 * taken - 1, ranks=2)
-    monkeypatch.setattr("fastmim.data.cache.make_decoder", lambda *a, **k: pytest.fail("decoded"))
+    monkeypatch.setattr("fastmim.data.feed.cache.make_decoder", lambda *a, **k: pytest.fail("decoded"))
     monkeypatch.setattr(sizes, "room_for", lambda where: (taken - 1, 1))
     with pytest.raises(ValueError, match="data.cache: want about 271.. kB"):
         open_loader(images, "pillow", cache="ram")

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from fastmim.data import find_images
-from fastmim.data.center import center_crop, center_crops
+from fastmim.data.feed.center import center_crop, center_crops
 
 
 def plain(image: Image.Image, size: int, resize: int) -> np.ndarray:

@@ -11,7 +11,7 @@ import torch
 from fastmim_kernels.philox import draw_uniform, sample_seeds
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from fastmim.data.color import ORDERS, apply_colors, draw_colors
+from fastmim.data.augment.color import ORDERS, apply_colors, draw_colors
 from fastmim.views import BYOL_FIRST, BYOL_SECOND, C_MAE, DINO_SMALL, SIMSIAM, Color
 
 COUNT = 24_000

@@ -7,7 +7,7 @@ import pytest
 import torch
 from fastmim_kernels.philox import draw_uniform, sample_seeds
 
-from fastmim.data.crop import by_box, draw_boxes
+from fastmim.data.augment.crop import by_box, draw_boxes
 from fastmim.views import Crop
 
 CROP = Crop(size=(224, 224))

@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 
 from fastmim import cli
-from fastmim.data import find_images, stats, why_no_dali
-from fastmim.data import verify as verifying
-from fastmim.data.verify import verify
+from fastmim.data import find_images, why_no_dali
+from fastmim.data.feed import verify as verifying
+from fastmim.data.feed.verify import verify
+from fastmim.data.sources import stats
 
 from .conftest import encode
 from .shards import CLASSES, LABELS, PICTURES, with_labels, write_folder, write_tar
@@ -107,7 +108,7 @@ def test_verify_asks_the_decoder_which_trains(tmp_path, capsys, monkeypatch):
     assert command("verify", tmp_path / "set", "--decoder", "pillow") == 0
     assert why_no_dali() or command("verify", tmp_path / "set") == 0
     assert asked == ["pillow"] + ["dali"] * (why_no_dali() is None)
-    monkeypatch.delitem(sys.modules, "fastmim.data.dali", raising=False)
+    monkeypatch.delitem(sys.modules, "fastmim.data.decode.dali", raising=False)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     capsys.readouterr()
     assert command("verify", tmp_path / "set") == 2
@@ -199,7 +200,7 @@ def test_index_says_what_it_found(tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().out
     assert said.startswith("9 images, 3 classes, indexed in ")
     assert "\n  cat/0.jpg\n" in said and "not kept: it is small, or changed just now" in said
-    monkeypatch.setattr("fastmim.data.index.SETTLED_NS", 0)
+    monkeypatch.setattr("fastmim.data.sources.index.SETTLED_NS", 0)
     write_tar(tmp_path / "x.tar", PICTURES.items())
     time.sleep(0.02)
     assert command("index", tmp_path / "x.tar") == 0

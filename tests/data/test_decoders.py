@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 
 from fastmim.data import find_images, why_no_dali
-from fastmim.data.crop import by_box, draw_boxes
-from fastmim.data.decoder import Rejected, Request, make_decoder
-from fastmim.data.draws import Draws
-from fastmim.data.header import BadImage, image_size
+from fastmim.data.augment.crop import by_box, draw_boxes
+from fastmim.data.augment.draws import Draws
+from fastmim.data.decode.choose import make_decoder
+from fastmim.data.decode.contract import Rejected, Request
+from fastmim.data.decode.header import BadImage, image_size
 from fastmim.views import Crop
 
 from .conftest import encode
@@ -218,7 +219,7 @@ def test_refuses_channels_and_says_what_a_missing_dali_needs(monkeypatch):
     settings = {"batch": 1, "threads": 1, "depth": 1, "device": torch.device("cpu")}
     with pytest.raises(ValueError, match="give 1 .gray. or 3 .RGB., got 4"):
         make_decoder("pillow", [Crop(size=(8, 8))], channels=4, **settings)
-    monkeypatch.delitem(sys.modules, "fastmim.data.dali", raising=False)
+    monkeypatch.delitem(sys.modules, "fastmim.data.decode.dali", raising=False)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     assert "nvidia-dali" in why_no_dali()
     with pytest.raises(ValueError, match="nvidia-dali.*--data.decoder pillow"):
@@ -231,7 +232,7 @@ def test_crops_share_decoding_by_number():
 
 def test_a_bad_file_among_suspects_does_not_make_the_others_bad():
     """Where DALI names no slot, each is decoded alone: behind one that fails a new pipeline is needed."""
-    dali = pytest.importorskip("fastmim.data.dali")
+    dali = pytest.importorskip("fastmim.data.decode.dali")
     crops, good = [Crop(size=(16, 16))], encode(0)
     bad = good[: good.index(b"\xff\xdb") + 5] + b"\x00" * 40 + b"\xff\xd9"
     busy = make_decoder("dali", crops, batch=4, channels=3, threads=1, depth=1, device=torch.device("cpu"))
@@ -245,7 +246,7 @@ def test_a_bad_file_among_suspects_does_not_make_the_others_bad():
 @pytest.mark.parametrize("boxes", [1, 2])
 def test_the_load_of_the_jpeg_decoder_reaches_dali_on_a_gpu_only(boxes, monkeypatch):
     """In the graph as DALI serializes it; a graph for a GPU can be made without one, but not built."""
-    dali = pytest.importorskip("fastmim.data.dali")
+    dali = pytest.importorskip("fastmim.data.decode.dali")
     pipeline = dali.Pipeline
     monkeypatch.setattr(dali, "Pipeline", lambda **options: pipeline(**options | {"device_id": None}))
     crops = [Crop(size=(8, 8), box=box) for box in range(boxes)]
@@ -268,7 +269,7 @@ def test_the_load_of_the_jpeg_decoder_reaches_dali_on_a_gpu_only(boxes, monkeypa
 
 
 def test_the_load_of_the_configuration_reaches_the_decoder(folder, open_loader, monkeypatch):
-    dali = pytest.importorskip("fastmim.data.dali")
+    dali = pytest.importorskip("fastmim.data.decode.dali")
     loads, real = [], dali.make_pipeline
     monkeypatch.setattr(
         dali,

@@ -6,8 +6,8 @@ import torch
 from fastmim_kernels.philox import sample_seeds
 
 from fastmim.data import find_images
-from fastmim.data.color import apply_colors, draw_colors
-from fastmim.data.draws import check_crops, draw_crops
+from fastmim.data.augment.color import apply_colors, draw_colors
+from fastmim.data.augment.draws import check_crops, draw_crops
 from fastmim.views import C_MAE, DINO_SMALL, SIMSIAM, Crop, augmented
 
 from .conftest import take
@@ -76,12 +76,12 @@ def test_two_sizes_of_one_box_with_one_color(folder, open_loader, decoder):
 
 
 def test_what_is_shared_costs_once(folder, open_loader, monkeypatch):
-    import fastmim.data.decoder
+    import fastmim.data.decode.choose
 
     calls = []
-    once = fastmim.data.decoder.resized_crop
+    once = fastmim.data.decode.choose.resized_crop
     monkeypatch.setattr(
-        fastmim.data.decoder, "resized_crop", lambda *a, **k: calls.append(a[2]) or once(*a, **k)
+        fastmim.data.decode.choose, "resized_crop", lambda *a, **k: calls.append(a[2]) or once(*a, **k)
     )
     crops = [PLAIN, Crop(size=(24, 24), color=C_MAE, draw=1), Crop(size=(24, 24), box=1)]
     take(open_loader(find_images(folder), "pillow", crops=crops), 2)

@@ -11,7 +11,7 @@ from fastmim_kernels.philox import sample_seeds
 from PIL import Image
 
 from fastmim.data import DataConfig, Loader, MemoryImages, SampleOrder, find_images
-from fastmim.data.crop import draw_boxes
+from fastmim.data.augment.crop import draw_boxes
 from fastmim.views import Crop
 
 from .conftest import assert_same, encode, take

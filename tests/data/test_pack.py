@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 from fastmim.data import find_images
-from fastmim.data import pack as packing
-from fastmim.data.pack import PackConfig, pack_images
-from fastmim.data.pixels import decode
-from fastmim.data.resize import resized
+from fastmim.data.decode.pixels import decode
+from fastmim.data.decode.resize import resized
+from fastmim.data.sources import pack as packing
+from fastmim.data.sources.pack import PackConfig, pack_images
 
 from .conftest import encode
 from .shards import CLASSES, LABELS, PICTURES, with_labels, write_folder, write_parquet, write_tar

@@ -11,15 +11,16 @@ import torch
 from PIL import Image
 
 from fastmim.data import MemoryImages
-from fastmim.data.center import center_crops
-from fastmim.data.decoder import Request, make_decoder
-from fastmim.data.draws import Draws
-from fastmim.data.header import BadImage, image_size
-from fastmim.data.pack import PackConfig, pack_images
-from fastmim.data.pixels import decode, for_dali
-from fastmim.data.source import find_images
-from fastmim.data.stats import stats
-from fastmim.data.verify import verify
+from fastmim.data.augment.draws import Draws
+from fastmim.data.decode.choose import make_decoder
+from fastmim.data.decode.contract import Request
+from fastmim.data.decode.header import BadImage, image_size
+from fastmim.data.decode.pixels import decode, for_dali
+from fastmim.data.feed.center import center_crops
+from fastmim.data.feed.verify import verify
+from fastmim.data.sources.pack import PackConfig, pack_images
+from fastmim.data.sources.source import find_images
+from fastmim.data.sources.stats import stats
 from fastmim.views import Crop
 
 from . import encoders

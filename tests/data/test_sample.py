@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastmim.data import sample, scenes
-from fastmim.data.index import cache_folder
-from fastmim.data.sample import sample_set
-from fastmim.data.scenes import CLASSES, COUNTS, SEED, VERSION, render
+from fastmim.data.sources import sample, scenes
+from fastmim.data.sources.index import cache_folder
+from fastmim.data.sources.sample import sample_set
+from fastmim.data.sources.scenes import CLASSES, COUNTS, SEED, VERSION, render
 
 SMALL = {"train": 240, "test": 60}
 # no `if __name__ == "__main__"`: a user's script need not have one
@@ -55,8 +55,8 @@ def made(tmp_path_factory) -> Path:
     source, counts = Path(scenes.__file__).read_text(), f"COUNTS = {json.dumps(COUNTS)}"
     assert source.count(counts) == 1
     (folder / "scenes.py").write_text(source.replace(counts, f"COUNTS = {json.dumps(SMALL)}"))
-    source = Path(sample.__file__).read_text().replace("from fastmim.data import", "import")
-    (folder / "small_sample.py").write_text(source.replace("from fastmim.data.scenes", "from scenes"))
+    source = Path(sample.__file__).read_text().replace("from fastmim.data.sources import", "import")
+    (folder / "small_sample.py").write_text(source.replace("from fastmim.data.sources.scenes", "from scenes"))
     (folder / "script.py").write_text(SCRIPT)
 
     cache = folder / "cache"

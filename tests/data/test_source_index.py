@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from fastmim.data import find_images, folder, index, source, tar
-from fastmim.data.images import labels_by_folder
-from fastmim.data.index import Index, Names, Stamps, index_file, load, pack, save, unpack
+from fastmim.data.sources.images import labels_by_folder
+from fastmim.data.sources.index import Index, Names, Stamps, index_file, load, pack, save, unpack
 
 from .shards import LABELS, PICTURES, with_labels, write_folder, write_tar
 

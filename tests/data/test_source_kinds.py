@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from fastmim.data import find_images, parquet, tar
-from fastmim.data.memory import MemoryImages
-from fastmim.data.source import _braces
+from fastmim.data.sources.memory import MemoryImages
+from fastmim.data.sources.source import _braces
 
 from .conftest import assert_same, encode, take
 from .shards import CLASSES, LABELS, PICTURES, with_labels, write_folder, write_parquet, write_tar

@@ -13,7 +13,7 @@ import pytest
 
 from fastmim import cli
 from fastmim.data import find_images, folder, index
-from fastmim.data.left_out import LeftOut
+from fastmim.data.sources.left_out import LeftOut
 from tests.conftest import SHARED_DATA
 
 from .shards import LABELS, PICTURES, with_labels, write_folder, write_parquet, write_tar
@@ -175,7 +175,7 @@ def test_a_kept_index_says_it_too_and_notices_links_that_lead_somewhere(tmp_path
     said = left_out(root)
     assert said == "1 file that is no image by its name (.txt 1), 1 link that leads nowhere: cat/2.jpg"
     with monkeypatch.context() as no_walk:
-        no_walk.setattr("fastmim.data.source.walk", lambda path: pytest.fail("walked"))
+        no_walk.setattr("fastmim.data.sources.source.walk", lambda path: pytest.fail("walked"))
         assert left_out(root) == said
     (tmp_path / "later.jpg").write_bytes(b"")  # in another folder: no stamp of the set changes
     assert find_images(root).names == ["cat/1.jpg", "cat/2.jpg"]

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from fastmim import cli
-from fastmim.engine.evaluate import evaluate, labeled_features, load_encoder
+from fastmim.commands.evaluate import evaluate, labeled_features, load_encoder
 from fastmim.evals.knn import knn
-from fastmim.interop.mae import encoder_metadata
+from fastmim.interop.metadata import encoder_metadata
 from fastmim.models.tokens import Tokens
 from fastmim.models.vit import Encoder, ViTConfig
 from tests.data.conftest import encode
@@ -45,7 +45,7 @@ def test_features_are_those_of_the_encoder_it_was(run_dir, tmp_path):
     assert few.tolist() == [0, 0, 1, 1] and torch.equal(some["cls"], found["cls"][[0, 1, 3, 4]])
     torch.manual_seed(0)
     from fastmim.data import find_images
-    from fastmim.data.center import center_crops
+    from fastmim.data.feed.center import center_crops
 
     [(pixels, _)] = center_crops(find_images(folder), (16, 24))
     z = Encoder(MODEL)(Tokens(pixels)).tokens_BTD

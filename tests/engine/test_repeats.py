@@ -76,7 +76,7 @@ def test_lengths_and_sizes_that_cannot_be_are_refused_at_the_start(one_image, im
         prepare(repeated(one_image, tmp_path, epoch_images=7))
     with pytest.raises(ValueError, match="want at least the 72 images there are, got 71"):
         prepare(repeated(images, tmp_path, epoch_images=71))
-    monkeypatch.setattr("fastmim.data.sizes.room_for", lambda where: (1000, 1))
+    monkeypatch.setattr("fastmim.data.feed.sizes.room_for", lambda where: (1000, 1))
     with pytest.raises(RankError, match="data.cache: want about 165.9 kB for 72 decoded images"):
         prepare(repeated(images, tmp_path, epoch_images=None))
     assert not list(tmp_path.iterdir())

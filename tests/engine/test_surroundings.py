@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fastmim.data.index import cache_folder
+from fastmim.data.sources.index import cache_folder
 from fastmim.engine.pretrain import prepare, train
 from tests.engine.conftest import TINY, tiny_run, write_images
 
@@ -94,8 +94,8 @@ def test_no_stream_at_all(images, tmp_path, monkeypatch):
 
 def kept_at_once(monkeypatch) -> None:
     """Keep the index of any set, however small and new."""
-    monkeypatch.setattr("fastmim.data.index.SETTLED_NS", -(10**18))
-    monkeypatch.setattr("fastmim.data.folder.WORTH_KEEPING", 1)
+    monkeypatch.setattr("fastmim.data.sources.index.SETTLED_NS", -(10**18))
+    monkeypatch.setattr("fastmim.data.sources.folder.WORTH_KEEPING", 1)
 
 
 def test_a_user_without_a_home(tmp_path, monkeypatch):

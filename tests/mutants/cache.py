@@ -1,9 +1,13 @@
 """Planted faults of the cache, of repeated images and of who counts the bad files (`make mutants`)."""
 
 TESTS = ["tests/data/test_cache.py"]
-CACHE, SIZES, LOADER = "fastmim/data/cache.py", "fastmim/data/sizes.py", "fastmim/data/loader.py"
-WHOLE = "fastmim/data/whole.py"
-BAD, CONFIG, DALI = "fastmim/data/bad.py", "fastmim/data/config.py", "fastmim/data/dali.py"
+CACHE, SIZES, LOADER = (
+    "fastmim/data/feed/cache.py",
+    "fastmim/data/feed/sizes.py",
+    "fastmim/data/feed/loader.py",
+)
+WHOLE = "fastmim/data/feed/whole.py"
+BAD, CONFIG, DALI = "fastmim/data/feed/bad.py", "fastmim/data/config.py", "fastmim/data/decode/dali.py"
 SAME = "same_batches_with and pillow"
 FAULTS = [
     (CACHE, "(w * C, C, 1), start)", "(h * C, C, 1), start)", "rows as long as the image is high", SAME),

@@ -4,7 +4,7 @@ TESTS = ["tests/ops/test_color_jitter.py", "tests/ops/test_color_blur.py", "test
 JITTER = "kernels/fastmim_kernels/color_jitter.py"
 BLUR = "kernels/fastmim_kernels/color_blur.py"
 JITTER_CPP, BLUR_CPP = "csrc/color_jitter.cpp", "csrc/color_blur.cpp"
-DRAWS = "fastmim/data/color.py"
+DRAWS = "fastmim/data/augment/color.py"
 FAULTS = [
     (JITTER, "sixths).float().double()", "sixths)", "hue's quotient stays in fp64", "hue_is_a_whole"),
     (JITTER, "+ (1 << 15)) >> 16\n\n\ndef _mean", ") >> 16\n\n\ndef _mean", "gray is cut", "stage"),

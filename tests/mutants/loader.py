@@ -11,9 +11,17 @@ TESTS = [
     "tests/benchmarks/test_loader.py",
     "tests/benchmarks/test_table.py",
 ]
-LOADER, FILES, BAD = "fastmim/data/loader.py", "fastmim/data/files.py", "fastmim/data/bad.py"
-DALI, HEADER, JPEG = "fastmim/data/dali.py", "fastmim/data/header.py", "fastmim/data/jpeg.py"
-DRAWS, ORDER, PILLOW = "fastmim/data/draws.py", "fastmim/data/order.py", "fastmim/data/pillow.py"
+LOADER, FILES, BAD = "fastmim/data/feed/loader.py", "fastmim/data/feed/files.py", "fastmim/data/feed/bad.py"
+DALI, HEADER, JPEG = (
+    "fastmim/data/decode/dali.py",
+    "fastmim/data/decode/header.py",
+    "fastmim/data/decode/jpeg.py",
+)
+DRAWS, ORDER, PILLOW = (
+    "fastmim/data/augment/draws.py",
+    "fastmim/data/feed/order.py",
+    "fastmim/data/decode/pillow.py",
+)
 RACE, PROVIDERS = "benchmarks/pipeline/loader.py", "benchmarks/pipeline/providers.py"
 TABLE, SOAK = "benchmarks/pipeline/table.py", "benchmarks/pipeline/soak.py"
 FAULTS = [

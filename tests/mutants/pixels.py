@@ -1,10 +1,18 @@
 """Planted faults of what a pixel means and of who judges a file (`make mutants`)."""
 
 TESTS = ["tests/data/test_pixels.py", "tests/data/test_data_commands.py", "tests/data/test_fuzz.py"]
-PIXELS, TIFF, JPEG = "fastmim/data/pixels.py", "fastmim/data/tiff.py", "fastmim/data/jpeg.py"
-NETPBM, PNG, BMP = "fastmim/data/netpbm.py", "fastmim/data/png.py", "fastmim/data/bmp.py"
-PACK, RESIZE, VERIFY = "fastmim/data/pack.py", "fastmim/data/resize.py", "fastmim/data/verify.py"
-DALI = "fastmim/data/dali.py"
+PIXELS, TIFF, JPEG = (
+    "fastmim/data/decode/pixels.py",
+    "fastmim/data/decode/tiff.py",
+    "fastmim/data/decode/jpeg.py",
+)
+NETPBM, PNG, BMP = "fastmim/data/decode/netpbm.py", "fastmim/data/decode/png.py", "fastmim/data/decode/bmp.py"
+PACK, RESIZE, VERIFY = (
+    "fastmim/data/sources/pack.py",
+    "fastmim/data/decode/resize.py",
+    "fastmim/data/feed/verify.py",
+)
+DALI = "fastmim/data/decode/dali.py"
 DECODERS = "test_decoders and pillow"
 FAULTS = [
     (PIXELS, "values + maxval) // (2 * maxval)", "values) // (2 * maxval)", "levels are cut off", DECODERS),

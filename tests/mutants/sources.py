@@ -11,10 +11,26 @@ TESTS = [  # what is run against each
     "tests/data/test_pack.py",
     "tests/data/test_data_commands.py",
 ]
-INDEX, FOLDER, IMAGES = "fastmim/data/index.py", "fastmim/data/folder.py", "fastmim/data/images.py"
-TAR, PARQUET, MEMORY = "fastmim/data/tar.py", "fastmim/data/parquet.py", "fastmim/data/memory.py"
-PACK, RESIZE, STATS = "fastmim/data/pack.py", "fastmim/data/resize.py", "fastmim/data/stats.py"
-SOURCE, SCAN, COMMANDS = "fastmim/data/source.py", "fastmim/data/scan.py", "fastmim/data/commands.py"
+INDEX, FOLDER, IMAGES = (
+    "fastmim/data/sources/index.py",
+    "fastmim/data/sources/folder.py",
+    "fastmim/data/sources/images.py",
+)
+TAR, PARQUET, MEMORY = (
+    "fastmim/data/sources/tar.py",
+    "fastmim/data/sources/parquet.py",
+    "fastmim/data/sources/memory.py",
+)
+PACK, RESIZE, STATS = (
+    "fastmim/data/sources/pack.py",
+    "fastmim/data/decode/resize.py",
+    "fastmim/data/sources/stats.py",
+)
+SOURCE, SCAN, COMMANDS = (
+    "fastmim/data/sources/source.py",
+    "fastmim/data/sources/scan.py",
+    "fastmim/commands/data_reports.py",
+)
 FAULTS = [
     (INDEX, "ctimes.max() < now_ns - SETTLED_NS", "ctimes.max() < now_ns", "a fresh set is kept", "just_now"),
     (INDEX, 'header.get("path") != _key(path) or ', "", "the index of another set is believed", "broken"),
