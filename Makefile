@@ -19,7 +19,7 @@ help:
 	@echo "make null-gpu  the host side of GPU runs on a CUDA device that runs nothing (ARGS='--record' pins its counts anew)"
 	@echo "make compile-ahead  compile every kernel in every configuration for sm_80, 90, 100, without a GPU, and check its machine code (minutes)"
 	@echo "make mutants plant every listed fault: each must turn a test red (an hour; ARGS='ema losses' takes these groups)"
-	@echo "make lint    ruff, import contracts, mypy"
+	@echo "make lint    ruff, import contracts, mypy, codespell"
 	@echo "make format  ruff format and the fixes it knows"
 	@echo "make golden  record the golden losses anew, after a change that is meant to change results"
 	@echo "make pins    write constraints.txt from what is installed"
@@ -79,6 +79,7 @@ lint: alive
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+	@if [ -x $(BIN)/codespell ]; then $(BIN)/codespell; else echo "codespell is not installed: pip install '.[lint]'"; fi
 
 format: alive
 	$(BIN)/ruff check --fix .

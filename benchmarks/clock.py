@@ -79,13 +79,13 @@ def samples(run: Callable[[], object], count: int) -> list[float]:
     for _ in range(count):
         flush()
         torch.cuda._sleep(head_start)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
         run()
-        end.record()
-        events.append((start, end))
+        after.record()
+        events.append((before, after))
     torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in events]
+    return [before.elapsed_time(after) for before, after in events]
 
 
 def take_turns(

@@ -22,7 +22,7 @@ from benchmarks.devices import DEVICES, HOST_MS, Device, device_named, known_dev
 from benchmarks.flops import step_flops
 from benchmarks.ledger import ENGINES, PRECISIONS, ledger
 from benchmarks.op_facts import Op
-from fastmim.methods import METHODS
+from fastmim.methods import METHODS, suited
 from fastmim.methods.base import MethodConfig
 from fastmim.models import VITS
 from fastmim.models.vit import ViTConfig
@@ -218,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for method, name in runs:
             model = replace(VITS[name], **changes)
             forecasts = [
-                foreseen(METHODS[method](), model, device=chip, **options)
+                foreseen(*suited(method, model), device=chip, **options)
                 for chip in ([a.device] if a.device else DEVICES)
             ]
             print(f"{method} {name}, batch {a.batch}, {a.precision}, {a.engine}, one GPU; nothing measured")

@@ -11,7 +11,7 @@ Product   SMs work on waves of tiles, of which the last is not full, and a tile 
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 from benchmarks.op_facts import Op
 
@@ -36,7 +36,12 @@ class Device:
         return clock * self.sms * 4 * 32
 
 
-HOPPER = {"sms": 132, "fp32_tflop_per_s": 54.0, "datasheet_tflop_per_s": 989.0, "flop_per_cycle": 4096}
+HOPPER: dict[str, Any] = {
+    "sms": 132,
+    "fp32_tflop_per_s": 54.0,
+    "datasheet_tflop_per_s": 989.0,
+    "flop_per_cycle": 4096,
+}
 DEVICES = {
     device.name: device
     for device in (

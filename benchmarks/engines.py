@@ -145,7 +145,12 @@ class DeepSpeedEngine:
             precision=arguments.precision,
             zero=arguments.zero,
         )
-        plan = make_plan(run, MemoryImages([b""] * batch), world=self.ranks.world, device=DEVICE)
+        plan = make_plan(
+            run,
+            MemoryImages([b""] * batch),
+            world=self.ranks.world,
+            device="cuda" if DEVICE == "cuda" else "cpu",
+        )
         self.wrapped, groups = wrap(method, run, plan)
         self.teacher = Teacher(self.wrapped, self.ranks)
         self.gradients = Gradients(self.wrapped, groups, run.optim)
@@ -191,8 +196,9 @@ class AutocastEngine:
     def update(self) -> None:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if hasattr(self.module, "after_update"):  # a teacher of its own
-            self.module.after_update()
+        after_update: Any = getattr(self.module, "after_update", None)
+        if after_update:  # a teacher of its own
+            after_update()
 
 
 def why_no_deepspeed() -> str | None:

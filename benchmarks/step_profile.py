@@ -130,7 +130,7 @@ def measure(engine: Engine, batch: Batch, arguments: argparse.Namespace) -> dict
     with watched(state):
         whole, *stages = time_steps(engine, batches, count)
     names = ("ms_waiting", "ms_forward", "ms_backward", "ms_update")
-    figures = rates(whole, arguments.batch)
+    figures: dict[str, Any] = rates(whole, arguments.batch)
     figures |= {name: median(times) for name, times in zip(names, stages, strict=True)}
     figures |= {"peak_gib": peak_gib(), "host_ms": host_ms(engine, batch), "state": state}
     found = kernels(engine, batch)

@@ -56,7 +56,7 @@ from benchmarks.ledger import ledger
 from benchmarks.op_facts import Op
 from benchmarks.provenance import DEVICE, RESULTS, append, device_name, environment
 from fastmim.engine.ranks import Ranks
-from fastmim.methods import METHODS
+from fastmim.methods import METHODS, suited
 from fastmim.methods.base import Method, MethodConfig
 from fastmim.models import VITS
 from fastmim.models.mae_decoder import DecoderConfig
@@ -252,8 +252,9 @@ def add_work(p: argparse.ArgumentParser) -> None:
 def configured(arguments: argparse.Namespace, method: str) -> tuple[MethodConfig, ViTConfig]:
     a = arguments
     changes = {"image_size": a.image_size, "patch": a.patch, "attention": a.attention}
-    model = replace(VITS[a.model], **{k: v for k, v in changes.items() if v is not None})
-    config = METHODS[method]()
+    size = replace(VITS[a.model], **{k: v for k, v in changes.items() if v is not None})
+    found: tuple[Any, ViTConfig] = suited(method, size)
+    config, model = found
     if a.decoder_size and hasattr(config, "decoder"):
         width, depth, heads = a.decoder_size
         config = replace(config, decoder=DecoderConfig(width=width, depth=depth, heads=heads))

@@ -110,9 +110,7 @@ def simmim() -> Run:
     """
     return Run(
         method=SimMIMConfig(mask_unit=32, mask_ratio=0.6),
-        model=replace(
-            VITS["vit_base"], positions="relative", layer_scale=0.1, drop_path=0.1, qkv_bias="qv", init="beit"
-        ),
+        model=replace(VITS["vit_base"], **SimMIMConfig.encoder),
         optim=OptimConfig(
             blr=5e-5,  # the paper's 1e-4 is of 512 images
             schedule="multistep", milestones=(700.0,), gamma=0.1, warmup_epochs=10.0, warmup_start=5e-3,
@@ -132,7 +130,7 @@ def dino() -> Run:
     """
     return Run(
         method=DINOConfig(local_crops=8, out=65536, teacher_temperature=0.04, ema=0.996),
-        model=replace(VITS["vit_base"], positions="learned", drop_path=0.1, init="dino"),
+        model=replace(VITS["vit_base"], **DINOConfig.encoder),
         optim=OptimConfig(
             blr=5e-4, min_lr=1e-6, schedule="beit", warmup_epochs=10.0, betas=(0.9, 0.999), weight_decay=0.04,
             weight_decay_end=0.4, clip=3.0, clip_per="tensor",
@@ -185,7 +183,7 @@ def cifar10(run: Run) -> Run:
     deepspeed fastmim/train.py --method rmae --recipe cifar10 --data.path CIFAR10/train
     What else a method changes for small batches its configuration says: `MethodConfig.scales`.
     """
-    model = replace(resized(run.model, "vit_tiny"), patch=4, image_size=32)
+    model = run.method.small_encoder(replace(resized(run.model, "vit_tiny"), patch=4, image_size=32))
     method = run.method.fit(model, DecoderConfig(width=128, depth=4, heads=4))
     return replace(
         run,
@@ -203,6 +201,7 @@ def sample(run: Run) -> Run:
     deepspeed fastmim/train.py --method rmae
     """
     model = replace(run.model, width=128, depth=6, heads=4, patch=8, image_size=64)
+    model = run.method.small_encoder(model)
     method = run.method.fit(model, DecoderConfig(width=96, depth=2, heads=3))
     return replace(
         run,

@@ -33,7 +33,9 @@ def test_no_folder_called_kernels_is_a_package():
 
 
 @pytest.mark.parametrize(
-    "command", [["lint-imports"], ["ruff", "check", "."], ["ruff", "format", "--check", "."]], ids=" ".join
+    "command",
+    [["lint-imports"], ["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"], ["codespell"]],
+    ids=" ".join,
 )
 def test_tools_agree(command):
     tool = BIN / command[0]
@@ -112,3 +114,50 @@ def test_help_imports_no_engine():
 def test_files_that_are_run_first_are_there():
     assert [path for path in LONGEST_FIRST if not (ROOT / path).is_file()] == []
     assert len(set(LONGEST_FIRST)) == len(LONGEST_FIRST)
+
+
+def test_the_metadata_admits_what_is_known_to_serve():
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    python = SpecifierSet(project["requires-python"])
+    assert all(f"3.{minor}.1" in python for minor in (11, 12, 13)) and "3.10.9" not in python
+    needs = {need.name: need for need in map(Requirement, project["dependencies"])}
+    assert all(f"2.{minor}.0" in needs["torch"].specifier for minor in range(10, 15))
+
+
+def test_both_packages_say_that_they_are_typed():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    for package, folder in (("fastmim", "fastmim"), ("fastmim_kernels", "kernels/fastmim_kernels")):
+        assert "py.typed" in settings[package] and (ROOT / folder / "py.typed").is_file()
+
+
+def test_the_grammar_is_that_of_the_oldest_python():
+    import ast
+
+    for folder in ("fastmim", "kernels", "benchmarks", "tests"):
+        for path in (ROOT / folder).rglob("*.py"):
+            ast.parse(path.read_text(), str(path), feature_version=(3, 11))
+
+
+def test_every_command_of_the_documents_names_what_there_is():
+    """Paths, modules and make targets that a document tells one to use."""
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for name in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "ARCHITECTURE.md",
+        "benchmarks/README.md",
+        "docs/results.md",
+    ):
+        text = (ROOT / name).read_text()
+        for target in re.findall(r"`make ([a-z-]+)", text):
+            assert target in targets, f"{name}: make {target}"
+        for module in re.findall(r"-m ((?:benchmarks|tests)[.\w]+)", text):
+            path = ROOT / module.replace(".", "/")
+            assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), f"{name}: {module}"
+        for path in re.findall(
+            r"`((?:fastmim|tests|benchmarks|kernels|csrc|docs)/[\w/]+\.(?:py|md|cpp))`", text
+        ):
+            assert (ROOT / path).is_file(), f"{name}: {path}"

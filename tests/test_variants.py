@@ -13,7 +13,7 @@ def run_of(*arguments: str):
     return parse(arguments)[0].run
 
 
-def test_every_variant_is_a_run_that_can_be_built():
+def test_every_variant_is_a_run_that_can_be_built(torchvision_loads):
     assert {"plain", "mask", "cutmix", "color", "mask+cutmix+color"} <= METHODS["mae"].variants.keys()
     for method, config in METHODS.items():
         for name, variant in config.variants.items():

@@ -106,7 +106,8 @@ def sanitize(sanitizer: str, results: Path) -> int:
         watched = {}
         for tool, op in ((tool, op) for tool in TOOLS for op in OPS if op not in wrong):
             command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20", *own, op]
-            watched[pool.submit(subprocess.run, command, env=told, **pipes)] = (tool, op)
+            run: Any = subprocess.run
+            watched[pool.submit(run, command, env=told, **pipes)] = (tool, op)
         for ended in as_completed(watched):
             tool, op = watched[ended]
             bad += judge(tool, op, ended.result(), results, about)

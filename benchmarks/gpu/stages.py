@@ -8,8 +8,9 @@ from benchmarks.gpu.parts import Part, Stage
 from fastmim.methods import METHODS
 
 OPS = (
-    "attention", "info_nce", "norm_pix_loss_image", "add_layer_norm", "bias_gelu", "gather_patches",
-    "restore_tokens", "gather_tokens", "split_patches", "ema_update", "color_jitter", "resized_crop",
+    "attention", "info_nce", "code_loss", "norm_pix_loss_image", "add_layer_norm", "bias_gelu",
+    "gather_patches", "restore_tokens", "gather_tokens", "split_patches", "ema_update", "color_jitter",
+    "resized_crop",
 )  # fmt: skip
 RIVALS = ("transformers_vitmae", "timm_mae", "timm_cmae")  # the package before the underscore
 FIRST_TESTS = (

@@ -148,7 +148,8 @@ def files_done(crew: Crew, written: set[str], results: Path, about: dict[str, An
         if file in written or not all(test in crew.done for test in tests):
             continue
         written.add(file)
-        events = [(crew.names[test], crew.done[test]) for test in tests]
+        names = crew.names or []
+        events = [(names[test], crew.done[test]) for test in tests]
         bad = [line for name, event in events if (line := told(name, event))]
         counts = Counter(event["outcome"] for _, event in events)
         verdict = ", ".join(f"{number} {kind}" for kind, number in sorted(counts.items()))
@@ -180,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             while True:
                 alive = crew.alive()
                 for test in [*crew.listen(), *crew.tend()]:
-                    if line := told(crew.names[test], crew.done[test]):
+                    if line := told((crew.names or [])[test], crew.done[test]):
                         print(line, flush=True)
                 files_done(crew, written, a.results, about)
                 if not alive and not crew.alive():

@@ -71,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.exit(f"want a pattern that fits a case, got {a.pattern!r}; cases: {'; '.join(every)}")
     if a.out:
         a.out.mkdir(parents=True, exist_ok=True)
-    known, start, found = table(), time.monotonic(), []
+    known, start = table(), time.monotonic()
+    found: list[Any] = []
     gone = [case["name"] for case in known["cases"] if case["name"] not in every]
     for sm in a.sm:
         measured = []

@@ -4,7 +4,7 @@ A case is one call of a launcher, and one or several kernels. Its op and mode ar
 `benchmarks/ops` measure, so that `forecast` finds it; bytes are the least that the op can move.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -31,13 +31,13 @@ class Case:
     launch: tuple  # launcher and arguments
     # of each kernel, by the begin of its name; "" is every other one
     elements: dict[str, float | FromArguments]  # what its instructions are counted for
-    flops: dict[str, float] = field(default_factory=dict)  # of the definition, for an element
+    flops: Mapping[str, float] = field(default_factory=dict)  # of the definition, for an element
     traffic: dict[str, float] = field(default_factory=dict)  # likewise bytes; else the case's, by elements
-    turns: dict[str, FromArguments] = field(default_factory=dict)  # of a program round its longest loop
+    turns: Mapping[str, Any] = field(default_factory=dict)  # of a program round its longest loop
 
     def work(self, kernel: str, arguments: dict[str, Any]) -> dict[str, float]:
         """Of one launch: elements, flops and bytes of each (0: the case's), turns of the longest loop."""
-        function, found = kernel.split(".")[1], {}
+        function, found = kernel.rpartition(".")[2], {}
         for what, default in (("elements", 0), ("flops", 0), ("traffic", 0), ("turns", 1)):
             entries = getattr(self, what)
             names = [name for name in entries if function.startswith(name)]
@@ -63,6 +63,8 @@ def cases() -> Iterator[Case]:
         ("decoder", (197,), 16, 32),
     ):
         yield from attention_cases(label, segments, H, d)
+    yield from bias_cases("ViT-B, all tokens", (197,), 12, 64)
+    yield from code_cases()
     yield from contrast_cases()
     yield from mask_cases()
     yield from image_cases()
@@ -78,6 +80,7 @@ def new(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 
 def pixel_cases() -> Iterator[Case]:
     """What reads patches of images, and the losses."""
+    run: Any
     gather, loss, image_loss = map(module, ("gather_patches", "norm_pix_loss", "norm_pix_loss_image"))
     image, seen, scored = new(B, SIDE, SIDE, 3, dtype=UINT8), new(B, K, dtype=INT64), new(B, L, dtype=INT64)
     norm = PATCH, MEAN, STD
@@ -122,6 +125,7 @@ def pixel_cases() -> Iterator[Case]:
 
 def block_cases(label: str, T: int, D: int) -> Iterator[Case]:
     """add_layer_norm and bias_gelu of one transformer block."""
+    run: Any
     add_norm, gelu = map(module, ("add_layer_norm", "bias_gelu"))
     x, vector, statistic = new(B, T, D), new(D), new(B * T, dtype=torch.float32)
     saved, keep = (x, statistic, statistic, vector), new(B, dtype=torch.float32)
@@ -153,6 +157,7 @@ def block_cases(label: str, T: int, D: int) -> Iterator[Case]:
 
 def token_cases() -> Iterator[Case]:
     """Tokens out of their places and back, and the teacher's average."""
+    run: Any
     restore, gather, ema = map(module, ("restore_tokens", "gather_tokens", "ema_update"))
     D, T = 512, N + 1
     tokens, source, out = new(B * (K + 1), D), new(B, T, dtype=INT64), new(B, T, D)
@@ -192,6 +197,7 @@ def token_cases() -> Iterator[Case]:
 
 def attention_cases(label: str, segments: tuple[int, ...], H: int, d: int) -> Iterator[Case]:
     """The tile kernels, on views of one tensor as a fused linear layer leaves them. An element is a logit."""
+    run: Any
     tile = module("attention.tile_triton")
     T = sum(segments)
     q, k, v = new(B, T, 3, H, d).unbind(2)
@@ -208,6 +214,61 @@ def attention_cases(label: str, segments: tuple[int, ...], H: int, d: int) -> It
             shape={"B": B, "T": T, "segments": len(segments), "H": H, "d": d}, bytes=passes * 2 * out.numel(),
             elements={"": lambda a: B * H * a["count"] * a["length"] ** 2}, flops=products, launch=run,
             turns=tiles,
+        )  # fmt: skip
+
+
+def bias_cases(label: str, segments: tuple[int, ...], H: int, d: int) -> Iterator[Case]:
+    """The tile kernels with a bias of the logits, whose gradient is a kernel of its own."""
+    run: Any
+    tile = module("attention.tile_triton")
+    T, (n,) = sum(segments), segments
+    q, k, v = new(B, T, 3, H, d).unbind(2)
+    out, lse, bias = new(B, T, H, d), new(B, H, T, dtype=torch.float32), [new(H, n, n)]
+    tiles = {
+        "_backward_bias": lambda a: a["B"],
+        "_backward": lambda a: -(-a["length"] // a["WIDTH"]) if "WIDTH" in a else 0,
+    }
+    products = {
+        "_forward": 4 * d,
+        "_backward_queries": 6 * d,
+        "_backward_keys": 8 * d,
+        "_backward_bias": 4 * d,
+    }
+    gradients = out, q, k, v, out, lse, segments
+    for mode, passes, run in (
+        ("forward", 4, (tile.launch_forward, q, k, v, segments, bias)),
+        ("backward", 8, (tile.launch_backward, *gradients, (True,) * 3, bias)),
+        ("backward of bias", 5, (tile.launch_backward_bias, *gradients, bias)),
+    ):
+        yield Case(
+            name=f"attention with a bias {mode}, {label}", op="attention_bias", mode=mode, rows=("B", "H"),
+            shape={"B": B, "T": T, "H": H, "d": d}, bytes=passes * 2 * out.numel(),
+            elements={"": B * H * n**2}, flops=products, launch=run, turns=tiles,
+        )  # fmt: skip
+
+
+def code_cases() -> Iterator[Case]:
+    """code_loss of DINO: 2 + 8 crops, 65,536 codes. An element is a logit, of student or teacher."""
+    run: Any
+    loss = module("code_loss_triton")
+    images, codes = 128, 65536
+    student, teacher = new(10 * images, codes), new(2 * images, codes)
+    center, pairs = new(codes, dtype=torch.float32), new(10 * images, 2, dtype=INT64)
+    lse_r, lse_u = new(10 * images, dtype=torch.float32), new(2 * images, dtype=torch.float32)
+    dloss, temperatures = new(10 * images, 2, dtype=torch.float32), (0.1, 0.04)
+    blocks = {
+        "_teacher": lambda a: -(-a["K"] // a["BLOCK"]), "_forward": lambda a: -(-a["K"] // a["BLOCK"]),
+    }  # fmt: skip
+    saved = student, teacher, center, pairs
+    for mode, passes, run in (
+        ("forward", 1, (loss.launch_forward, *saved, *temperatures)),
+        ("backward", 2, (loss.launch_backward, dloss, *saved, lse_r, lse_u, *temperatures)),
+    ):
+        yield Case(
+            name=f"code_loss {mode}", op="code_loss", mode=mode, rows=("B",),
+            shape={"B": images, "K": codes}, bytes=2 * (passes * student.numel() + teacher.numel()),
+            elements={"": student.numel(), "_teacher": teacher.numel()}, traffic={"_teacher": 2}, launch=run,
+            turns=blocks,
         )  # fmt: skip
 
 

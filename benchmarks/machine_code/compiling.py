@@ -50,7 +50,7 @@ class Launch:
 
 def compiled(run: Callable[[], object], sm: int) -> list[Launch]:
     """Every kernel that `run` would launch, in its order, none of them executed."""
-    found = []
+    found: list[Launch] = []
 
     def warm_up(fn, *args, grid, warmup, **kwargs):
         name = f"{fn.fn.__module__.removeprefix('fastmim_kernels.')}.{fn.fn.__name__}"
@@ -85,5 +85,5 @@ def cuobjdump(kernel: CompiledKernel, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
-        command = [CUOBJDUMP, option, cubin.name]
+        command = [str(CUOBJDUMP), option, cubin.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout

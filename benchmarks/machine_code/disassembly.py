@@ -111,7 +111,9 @@ def results(x: Instruction) -> set[int]:
 def _number_of_results(x: Instruction) -> int:
     parts = x.name.split(".")
     if x.op == "HGMMA":
-        return int(re.search(r"\.64x(\d+)x", x.name)[1]) // 2
+        width = re.search(r"\.64x(\d+)x", x.name)
+        assert width, x.name
+        return int(width[1]) // 2
     if x.op == "HMMA":
         return 4 if "F32" in parts else 2
     if x.op == "LDSM":

@@ -69,7 +69,9 @@ def mma_cycles(x: Instruction) -> float:
     if shape:
         share, n, k, reached = 64 / 4, int(shape[1]), int(shape[2]), 1.0
     elif x.op == "HMMA":
-        share, n, k, reached = 16, 8, int(re.search(r"\.16(?:8)(\d+)", x.name)[1]), MMA_SYNC
+        depth = re.search(r"\.16(?:8)(\d+)", x.name)
+        assert depth, x.name
+        share, n, k, reached = 16, 8, int(depth[1]), MMA_SYNC
     else:
         return 0.0
     return 2 * share * n * k / (FLOP_PER_CYCLE[32 if "TF32" in x.name else 16] * reached)

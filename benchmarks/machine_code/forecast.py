@@ -77,8 +77,9 @@ def forecast(
     """
     halves = [mode.replace("forward_backward", half) for half in ("forward", "backward")]
     for modes in ([mode], halves):
-        found = [_scaled(op, m, shape, dtype, chip) for m in modes]
-        if all(found):
+        parts = [_scaled(op, m, shape, dtype, chip) for m in modes]
+        found = [part for part in parts if part]
+        if len(found) == len(parts):
             total = {key: sum(f[key] for f in found) for key in SUMS}
             slowest = max(found, key=lambda f: f["ms"])
             return {**total, "limit": slowest["limit"], "share": total["bytes_ms"] / total["ms"]}

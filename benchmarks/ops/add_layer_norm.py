@@ -10,8 +10,9 @@ Bytes      branch and residual read, sum and normed written; backward: two gradi
            gradient written that serves both inputs; with LayerScale the branch is read and written as well.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from fastmim_kernels import add_layer_norm
@@ -40,7 +41,11 @@ def fused(
     return add_layer_norm(x, residual, weight, bias, eps=EPS, scale=scale, keep=keep)
 
 
-PROVIDERS = {"eager": eager, "compile": torch.compile(eager, dynamic=False), "fastmim": fused}
+PROVIDERS: dict[str, Callable[..., Any]] = {
+    "eager": eager,
+    "compile": torch.compile(eager, dynamic=False),
+    "fastmim": fused,
+}
 
 
 def forward(
@@ -53,7 +58,7 @@ def forward(
 def forward_backward(
     provider: str, inputs: tuple, keep: Tensor | None, grads: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
-    outs = (eager if provider == "oracle" else PROVIDERS[provider])(*inputs, keep)
+    outs = PROVIDERS["eager" if provider == "oracle" else provider](*inputs, keep)
     learn = [v for v in inputs if v is not None]
     return *(out.detach() for out in outs), *torch.autograd.grad(outs, learn, grads)
 
@@ -68,10 +73,11 @@ def cases() -> Iterator[list[Case]]:
     for images in IMAGES:
         for form in ("plain", "scale and keep"):
             shapes = [(images, T, D)] * 2 + [(D,)] * (2 if form == "plain" else 3)
-            inputs = tuple(
+            inputs: tuple[Any, ...] = tuple(
                 torch.randn(shape, device=DEVICE, dtype=DTYPE, requires_grad=True) for shape in shapes
             )
-            inputs, keep = (*inputs, None), None
+            keep: Tensor | None = None
+            inputs = (*inputs, None)
             if form != "plain":
                 inputs, keep = inputs[:-1], torch.rand(images, device=DEVICE).lt(KEPT).float() / KEPT
             grads = tuple(torch.randn(images, T, D, device=DEVICE, dtype=DTYPE) for _ in range(2))

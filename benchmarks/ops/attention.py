@@ -16,8 +16,9 @@ Layout     that of training: q, k and v are views of one product [B, T, 3, H, d]
            which a back end that makes three has to put together.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from fastmim_kernels import attention
@@ -40,7 +41,7 @@ SHAPES = [  # segments, heads, width of a head
     ((50, 148), 12, 64),  # the encoder of R-MAE ViT-B, two views packed
     ((50,), 12, 64),  # the encoder of MAE ViT-B
 ]
-PROVIDERS = {
+PROVIDERS: dict[str, Callable[..., Any]] = {
     "eager": attention_reference,
     "compile": torch.compile(attention_reference, dynamic=False),
     "sdpa": partial(attention, backend="sdpa"),
@@ -59,7 +60,8 @@ def forward_backward(
     provider: str, qkv: Tensor, segments: tuple[int, ...], grad: Tensor
 ) -> tuple[Tensor, ...]:
     """Output, and the gradients of q, k and v, each of which is compared by its own largest value."""
-    out = (oracle if provider == "oracle" else PROVIDERS[provider])(*qkv.unbind(2), segments=segments)
+    attend: Callable[..., Tensor] = oracle if provider == "oracle" else PROVIDERS[provider]
+    out = attend(*qkv.unbind(2), segments=segments)
     (dqkv,) = torch.autograd.grad(out, qkv, grad)
     return out.detach(), *dqkv.unbind(2)
 

@@ -10,8 +10,9 @@ Baselines  the reference in the dtype of its inputs, eager and compiled whole; a
 Bytes      x read, y written; backward: x and the gradient read, the gradient of x written.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from fastmim_kernels import bias_gelu
@@ -24,7 +25,7 @@ from benchmarks.provenance import DEVICE
 IMAGES = [64, 512] if DEVICE == "cuda" else [8]
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 T, D = 197, 3072
-PROVIDERS = {
+PROVIDERS: dict[str, Callable[..., Any]] = {
     "eager": bias_gelu_reference,
     "compile": torch.compile(bias_gelu_reference, dynamic=False),
     "fastmim": bias_gelu,
@@ -42,8 +43,9 @@ def forward_backward(provider: str, x: Tensor, bias: Tensor, grad: Tensor) -> tu
 
 
 def oracle(run: str, x: Tensor, bias: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-    leaves = [v.detach().float().requires_grad_() for v in (x, bias)]
-    found = forward_backward("eager", *leaves, grad.float())
+    leaves: list[Any] = [v.detach().float().requires_grad_() for v in (x, bias)]
+    wide_x, wide_bias = leaves
+    found = forward_backward("eager", wide_x, wide_bias, grad.float())
     return found[:1] if run == "forward" else found
 
 

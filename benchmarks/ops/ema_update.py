@@ -13,6 +13,7 @@ Bytes      teacher read and written, student read.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from fastmim_kernels import ema_update
@@ -95,7 +96,7 @@ def cases() -> Iterator[list[Case]]:
                 dtype=f"float32 of {str(dtype).removeprefix('torch.')}",
                 bytes_moved=values * (8 + dtype.itemsize),
                 run=step(update, [t.clone() for t in start], student),
-                oracle=lambda student=student: oracle(start, student),
+                oracle=partial(oracle, start, student),
             )
             for provider, update in PROVIDERS.items()
         ]

@@ -9,8 +9,9 @@ Bytes      visible tokens and their index read once, the output written once; ba
            once, that of all tokens written once. Positions and class token are too small to count.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from fastmim_kernels import gather_tokens
@@ -34,7 +35,7 @@ def whole(tokens: Tensor, index: Tensor, pos: Tensor, cls: Tensor) -> Tensor:
     return torch.cat([cls.expand(len(seen), 1, D), seen], dim=1)
 
 
-PROVIDERS = {
+PROVIDERS: dict[str, Callable[..., Any]] = {
     "eager": eager,
     "whole": whole,
     "compile": torch.compile(eager, dynamic=False),

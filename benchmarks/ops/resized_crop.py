@@ -13,6 +13,7 @@ Bytes      the boxes read once, the crops written once.
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,11 +68,11 @@ def absent(provider: str) -> str | None:
     return None if importlib.util.find_spec("PIL") else "pillow is not installed"
 
 
-def run(call: Run, *inputs: object) -> tuple[Tensor, ...]:
+def run(call: Run, *inputs: Any) -> tuple[Tensor, ...]:
     return (call(*inputs),)
 
 
-def oracle(images: Sequence[Tensor], *inputs: object) -> tuple[Tensor, ...]:
+def oracle(images: Sequence[Tensor], *inputs: Any) -> tuple[Tensor, ...]:
     return (eager([image.cpu() for image in images], *inputs).to(DEVICE),)
 
 

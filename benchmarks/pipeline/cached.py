@@ -28,9 +28,11 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from benchmarks.clock import quantiles
 from benchmarks.pipeline.loader import rate
-from benchmarks.pipeline.providers import random_box, crops_of
+from benchmarks.pipeline.providers import crops_of, random_box
 from benchmarks.provenance import DEVICE, RESULTS, ROOT, append, environment
 from fastmim.data import why_no_dali
+from fastmim.data.config import CacheName
+from fastmim.data.decode.choose import DecoderName
 
 # --- the baseline -----------------------------------------------------------------------------------
 
@@ -76,13 +78,15 @@ def baseline(folder: Path, batch: int, threads: int, size: int) -> Iterator[Tens
 # --- ours -------------------------------------------------------------------------------------------
 
 
-def ours(cache: str, decoder: str, folder: Path, batch: int, threads: int, size: int) -> Iterator[Tensor]:
+def ours(
+    cache: CacheName, decoder: DecoderName, folder: Path, batch: int, threads: int, size: int
+) -> Iterator[Tensor]:
     from fastmim.data import DataConfig
 
     yield from crops_of(DataConfig(path=folder, decoder=decoder, cache=cache, threads=threads), batch, size)
 
 
-DECODER = "pillow" if why_no_dali() else "dali"
+DECODER: DecoderName = "pillow" if why_no_dali() else "dali"
 PROVIDERS: dict[str, Callable[[Path, int, int, int], Iterator[Tensor]]] = {
     "dataloader": baseline,
     "files": partial(ours, "none", DECODER),

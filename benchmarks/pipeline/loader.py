@@ -101,7 +101,7 @@ def make_photographs(folder: Path, count: int, height: int = 375, width: int = 5
             layers.append(
                 np.asarray(Image.fromarray(field).resize((width, height), Image.Resampling.BICUBIC), float)
             )
-        pixels = (sum(layers) - 256).clip(0, 255).astype(np.uint8)
+        pixels = (np.sum(layers, axis=0) - 256).clip(0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{i:06d}.jpg", quality=92)
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -33,14 +33,14 @@ from fastmim.data import Images, find_images, why_no_dali
 from fastmim.data.augment.color import apply_colors, draw_colors
 from fastmim.data.augment.crop import draw_boxes
 from fastmim.data.augment.draws import Draws, draw_crops
-from fastmim.data.decode.choose import make_decoder
+from fastmim.data.decode.choose import DecoderName, make_decoder
 from fastmim.data.decode.contract import Request
 from fastmim.data.decode.header import BadImage, image_size
-from fastmim.views import BYOL_SECOND, C_MAE, Color, Crop
+from fastmim.views import BYOL_SECOND, C_MAE, Color, Crop, Interpolation
 
 SAMPLE = ROOT.parent / "shared" / "data" / "imagenet-sample-100.tar"
 LEAST_P = 1e-4  # of fifteen tests: a sound law is below it once in 700 runs
-RESIZES = (("bicubic", 224), ("bilinear", 224), ("lanczos", 112))
+RESIZES: tuple[tuple[Interpolation, int], ...] = (("bicubic", 224), ("bilinear", 224), ("lanczos", 112))
 PLAIN = Crop(size=(224, 224))
 ALONE = {
     "brightness": Color(brightness=0.4, jitter=1.0),
@@ -160,7 +160,7 @@ def chain_of(image: Image.Image, crop: Crop, draws: Draws, cut: Callable[..., Im
     return reference.colored(image, draws.colors[0], 0) if draws.colors else image
 
 
-def decoders() -> list[str]:
+def decoders() -> list[DecoderName]:
     return ["pillow"] if why_no_dali() else ["dali", "pillow"]
 
 

@@ -52,7 +52,7 @@ CONVENTIONS = {
 
 
 def decode(
-    decoder: str, data: Sequence[bytes], boxes_B4: np.ndarray | None = None, channels: int = 3
+    decoder: DecoderName, data: Sequence[bytes], boxes_B4: np.ndarray | None = None, channels: int = 3
 ) -> Iterator[Tensor]:
     """Decoded images uint8 `[H, W, C]`, or the boxes of them, as they come before the resize."""
     if boxes_B4 is None:
@@ -139,7 +139,12 @@ def compare_kinds(decoders: Sequence[DecoderName], photograph: Image.Image) -> I
         converted = np.asarray(reference.decoded(data), np.int16)
         theirs = scaled(data) if "16-bit" in kind else converted
         for decoder in decoders:
-            row = {"kind": "file", "file": kind, "decoder": decoder, "convention": CONVENTIONS[kind]}
+            row: dict[str, Any] = {
+                "kind": "file",
+                "file": kind,
+                "decoder": decoder,
+                "convention": CONVENTIONS[kind],
+            }
             try:
                 ours = view_of(decoder, data, np.array([0, 0, *image_size(data)], np.int32))
             except Rejected as rejected:

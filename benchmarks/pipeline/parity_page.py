@@ -1,6 +1,6 @@
 """What `parity` found, as a page to read and a picture to look at; and how fast exact colors are."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def speeds(images: Tensor) -> list[dict[str, Any]]:
         for op, call in (("color_jitter", jitter), ("color_blur", blur)):
             draws = draw_colors(keys, COLORS[op])
             still = draw_colors(keys, Color(blur=1.0, sigma=COLORS[op].sigma))
-            runs = {"fastmim": partial(call, images, draws)}
+            runs: dict[str, Callable[[], object]] = {"fastmim": partial(call, images, draws)}
             if DEVICE == "cpu":
                 theirs = still if op == "color_blur" else draw_colors(keys, without_blur(COLORS[op]))
                 runs["torchvision on PIL images"] = partial(by_pillow, pictures, theirs)

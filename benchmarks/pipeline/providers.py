@@ -98,7 +98,7 @@ class WholeImages(Dataset[Tensor]):
 def dataloader(turn: Turn, transform: Callable[["Image"], Tensor]) -> Iterator[Tensor]:
     from fastmim.data import find_images
 
-    images = find_images(turn.folder)
+    images: Any = find_images(turn.folder)  # of a folder, whose images are files
     paths = [images.path(i) for i in range(len(images))]
     loader = DataLoader(
         WholeImages(paths, transform),
@@ -113,17 +113,19 @@ def dataloader(turn: Turn, transform: Callable[["Image"], Tensor]) -> Iterator[T
 
 def dali_plain(turn: Turn) -> Iterator[Tensor]:
     """DALI by its own documentation: reader, fused decode and random crop, resize, mirror."""
-    from nvidia.dali import Pipeline, fn, types
+    from nvidia.dali import Pipeline, types
+    from nvidia.dali import fn as dali_fn
 
     from fastmim.data import find_images
 
-    images = find_images(turn.folder)
+    images: Any = find_images(turn.folder)
     cuda = DEVICE == "cuda"
     pipe = Pipeline(
         batch_size=turn.batch, num_threads=turn.threads, exec_dynamic=True, seed=0,
         device_id=torch.cuda.current_device() if cuda else None,
     )  # fmt: skip
-    load = {"hw_decoder_load": turn.hw_decoder_load} if cuda else {}
+    fn: Any = dali_fn  # whose stubs know no keyword of the GPU
+    load: dict[str, Any] = {"hw_decoder_load": turn.hw_decoder_load} if cuda else {}
     with pipe:
         files = [str(images.path(i)) for i in range(len(images))]
         encoded, _ = fn.readers.file(files=files, random_shuffle=True, initial_fill=4096)

@@ -50,6 +50,9 @@ MASK_TOLERANCE = 5e-2  # of the loss of 32 images or more, between two draws of 
 class Pixels(nn.Module):
     """The float image that other code wants, of the uint8 one that ours reads."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, model: ViTConfig):
         super().__init__()
         self.register_buffer("mean", torch.tensor(model.pixel_mean).view(1, -1, 1, 1))

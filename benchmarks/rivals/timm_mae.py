@@ -9,6 +9,7 @@ with blocks of our own in its place.
 import sys
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,8 @@ def timm_block(width: int, heads: int) -> nn.Module:
     import_torchvision()  # timm does
     from timm.models.vision_transformer import Block
 
-    return Block(width, heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+    norm: Any = partial(nn.LayerNorm, eps=1e-6)
+    return Block(width, heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=norm)
 
 
 class RivalMAE(nn.Module):

@@ -1,5 +1,7 @@
 """One file per paper: T, f and M. `METHODS` is the list of what can be trained."""
 
+from dataclasses import replace
+
 from fastmim.methods.base import MethodConfig
 from fastmim.methods.cmae import CMAEConfig
 from fastmim.methods.cmae_huang import CMAEHuangConfig
@@ -7,6 +9,7 @@ from fastmim.methods.dino import DINOConfig
 from fastmim.methods.mae import MAEConfig
 from fastmim.methods.rmae import RMAEConfig
 from fastmim.methods.simmim import SimMIMConfig
+from fastmim.models.vit import ViTConfig
 
 METHODS: dict[str, type[MethodConfig]] = {
     "mae": MAEConfig,  # He et al., arXiv:2111.06377
@@ -16,3 +19,9 @@ METHODS: dict[str, type[MethodConfig]] = {
     "simmim": SimMIMConfig,  # Xie et al., arXiv:2111.09886
     "dino": DINOConfig,  # Caron et al., arXiv:2104.14294
 }
+
+
+def suited(name: str, model: ViTConfig) -> tuple[MethodConfig, ViTConfig]:
+    """A method as its paper has it for an encoder of this size and images of this size, and that encoder."""
+    model = replace(model, **METHODS[name].encoder)
+    return METHODS[name]().for_image(model), model

@@ -45,9 +45,18 @@ class MethodConfig:
     couples_batch: ClassVar[bool] = False  # whether the loss of an image depends on the others beside it
     variants: ClassVar[Mapping[str, Variant]] = {}  # other rows of the paper's tables: --variant
     scales: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # by --recipe: fields that it changes beside sizes
+    encoder: ClassVar[Mapping[str, Any]] = {}  # fields of `ViTConfig` beside sizes, as the paper has them
 
     def check_batch(self, micro_batch: int, ranks: int) -> None:
         """ValueError if the method cannot work on micro-batches of this many images on each of the ranks."""
+
+    def small_encoder(self, model: ViTConfig) -> ViTConfig:
+        """An encoder of about this size that the method can have; of a ViT it is this one."""
+        return model
+
+    def for_image(self, model: ViTConfig) -> Self:
+        """The same method for images of another size: crops and cells in proportion, all else as it is."""
+        return self
 
     def fit(self, model: ViTConfig, decoder: DecoderConfig) -> Self:
         """The same method for a small encoder: heads and crops in proportion, a decoder of this size."""

@@ -47,6 +47,7 @@ class DINOConfig(MethodConfig):
     """DINO (arXiv:2104.14294)."""
 
     name: ClassVar[str] = "dino"
+    encoder: ClassVar = {"positions": "learned", "drop_path": 0.1, "init": "dino"}
     variants: ClassVar = {
         "warm": Variant(
             changes={"teacher_temperature": 0.07, "warmup_epochs": 30}, expected="not published apart"
@@ -113,12 +114,13 @@ class DINOConfig(MethodConfig):
         step = (self.teacher_temperature - self.warmup_temperature) / max(self.warmup_epochs - 1, 1)
         return self.warmup_temperature + epoch * step
 
-    def fit(self, model: ViTConfig, decoder: DecoderConfig) -> Self:
+    def for_image(self, model: ViTConfig) -> Self:
         side = round(min(model.size) * SHARE_OF_SMALL / model.patch) * model.patch
-        return replace(
-            self, local_size=max(side, model.patch), hidden=4 * model.width, bottleneck=model.width,
-            out=16 * model.width,
-        )  # fmt: skip
+        return replace(self, local_size=max(side, model.patch))
+
+    def fit(self, model: ViTConfig, decoder: DecoderConfig) -> Self:
+        sized = self.for_image(model)
+        return replace(sized, hidden=4 * model.width, bottleneck=model.width, out=16 * model.width)
 
     def check_crops(self, model: ViTConfig) -> None:
         """ValueError for small crops of no whole patches, or larger than the table of positions."""

@@ -41,6 +41,9 @@ class SimMIMConfig(MethodConfig):
     """SimMIM (arXiv:2111.09886)."""
 
     name: ClassVar[str] = "simmim"
+    encoder: ClassVar = {
+        "positions": "relative", "layer_scale": 0.1, "drop_path": 0.1, "qkv_bias": "qv", "init": "beit",
+    }  # fmt: skip
     variants: ClassVar = {
         "swin-base": Variant(
             changes={"backbone": "swin"},
@@ -65,8 +68,17 @@ class SimMIMConfig(MethodConfig):
         if self.mask_unit < 1:
             raise ValueError(f"method.mask-unit: want at least 1 pixel, got {self.mask_unit}")
 
+    def small_encoder(self, model: ViTConfig) -> ViTConfig:
+        if self.backbone == "vit":
+            return model
+        width, depth, patch = model.width // 4, max(8, model.depth), model.patch // 4
+        return replace(model, width=width, depth=depth, patch=patch, drop_path=0.0)
+
+    def for_image(self, model: ViTConfig) -> Self:
+        return replace(self, mask_unit=(1 if self.backbone == "swin" else 2) * self.stride(model))
+
     def fit(self, model: ViTConfig, decoder: DecoderConfig) -> Self:
-        return replace(self, mask_unit=2 * model.patch)
+        return self.for_image(model)
 
     def stride(self, model: ViTConfig) -> int:
         """Pixels on each side of what an output token stands for."""

@@ -246,6 +246,7 @@ def _op(
 def _(x, residual, weight, bias, scale, keep, eps):
     floats = (None if p is None else p.float() for p in (x, residual, weight, bias, scale, keep))
     x32, residual32, weight32, bias32, scale32, keep32 = floats
+    assert x32 is not None and residual32 is not None
     total = residual32 + branch_reference(x32, scale32, keep32)
     normed, mean, rstd = torch.native_layer_norm(total, total.shape[-1:], weight32, bias32, eps)
     outputs = normed.to(x.dtype), total.to(residual.dtype).contiguous()

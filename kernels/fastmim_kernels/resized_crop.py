@@ -39,7 +39,11 @@ from torch import Tensor
 from fastmim_kernels import native
 
 Filter = Literal["bicubic", "bilinear", "lanczos"]
-SUPPORT = {"bicubic": 2, "bilinear": 1, "lanczos": 3}  # by which the op and its kernels know a filter
+SUPPORT: dict[Filter, int] = {
+    "bicubic": 2,
+    "bilinear": 1,
+    "lanczos": 3,
+}  # by which the op and its kernels know a filter
 MAX_CHANNELS = 4
 BITS = 22
 HALF = tl.constexpr(1 << (BITS - 1))

@@ -14,7 +14,16 @@ from benchmarks.flops import step_flops
 from benchmarks.ledger import ledger
 from benchmarks.op_facts import Op
 from benchmarks.provenance import ROOT
-from fastmim.methods import METHODS, CMAEConfig, CMAEHuangConfig, MAEConfig, RMAEConfig
+from fastmim.methods import (
+    METHODS,
+    CMAEConfig,
+    CMAEHuangConfig,
+    DINOConfig,
+    MAEConfig,
+    RMAEConfig,
+    SimMIMConfig,
+    suited,
+)
 from fastmim.methods.base import MethodConfig
 from fastmim.methods.cmae_huang import checked_num_seen
 from fastmim.models import VITS
@@ -24,7 +33,7 @@ from fastmim.models.vit import ViTConfig
 BASE = VITS["vit_base"]
 SMALL = ViTConfig(width=128, depth=2, heads=2, patch=16, image_size=64)  # 16 patches
 CONFIGS: list[MethodConfig] = [
-    *(METHODS[name]() for name in METHODS),
+    *(suited(name, SMALL)[0] for name in METHODS),
     MAEConfig(mask_ratio=0.5, decoder=DecoderConfig(width=96, depth=1, heads=3)),
     RMAEConfig(t2="full"),
     RMAEConfig(t2="independent", tie_decoders=False),
@@ -51,6 +60,11 @@ def left_out(method: MethodConfig, model: ViTConfig) -> int:
         both = ((first, second), (second, first))[: 1 + method.symmetric]
         passes = 2 if method.freeze_patch_embed else 4
         return sum(P * D * (passes * (N - online) + 2 * (N - target)) for online, target in both)
+    if isinstance(method, SimMIMConfig):
+        hidden = 4 * method.num_hidden_cells(model)  # cells of two patches on each side
+        return 4 * hidden * P * D + 6 * (N - hidden) * D * P
+    if isinstance(method, DINOConfig):
+        return 0
     d = method.decoder.width
     if isinstance(method, CMAEHuangConfig):
         seen = checked_num_seen(method, model)
@@ -135,7 +149,7 @@ def test_launches_are_those_that_a_device_without_kernels_counts(engine, forward
 @pytest.mark.parametrize("name", METHODS)
 def test_every_trained_product_has_its_gradients(name):
     """Each layer's weight gradient takes what its forward took; nothing in a target branch has one."""
-    ops = ledger(METHODS[name](), SMALL, batch=4, precision="bf16")
+    ops = ledger(*suited(name, SMALL), batch=4, precision="bf16")
     found: dict[str, dict[str, int]] = {}
     for op in ops:
         if op.role and op.group.startswith("products"):
@@ -144,7 +158,7 @@ def test_every_trained_product_has_its_gradients(name):
     assert any("mlp.fc1" in what for what in found)
     shared = ("decoder.decoder_embed", "feature_decoder.decoder_embed")  # they read one tensor
     for what, roles in found.items():
-        if what.startswith("target"):
+        if what.startswith(("target", "teacher")):
             assert set(roles) == {"forward"}
         elif what not in shared or name != "cmae_huang":
             assert roles["weight gradient"] == roles["forward"], what
@@ -175,7 +189,7 @@ def test_more_takes_longer_and_larger_batches_serve_better():
 
 
 def test_no_product_beats_the_rate_that_was_measured():
-    for forecast in (foreseen(METHODS[name](), BASE, batch=1024) for name in METHODS):
+    for forecast in (foreseen(*suited(name, BASE), batch=1024) for name in METHODS):
         for line in forecast.lines:
             assert line.flops <= line.ms * forecast.device.matmul_tflop_per_s * 1e9, line.name
             assert line.bytes <= line.ms * forecast.device.copy_gb_per_s * 1e6, line.name
@@ -201,10 +215,10 @@ def ideal(monkeypatch):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_with_any_bandwidth_a_step_is_its_flops_over_the_rate(name, ideal):
-    forecast = foreseen(METHODS[name](), SMALL, batch=8, device=ideal)
+    forecast = foreseen(*suited(name, SMALL), batch=8, device=ideal)
     flops = sum(line.flops for line in forecast.lines)
     assert forecast.ms == pytest.approx(flops / 500e12 * 1e3, rel=1e-9)
-    assert 8 * step_flops(METHODS[name](), SMALL) / forecast.ms / 1e9 == pytest.approx(500 * forecast.mfu)
+    assert 8 * step_flops(*suited(name, SMALL)) / forecast.ms / 1e9 == pytest.approx(500 * forecast.mfu)
 
 
 def test_a_wave_that_is_not_full_costs_a_whole_one():

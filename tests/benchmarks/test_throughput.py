@@ -16,7 +16,7 @@ from benchmarks.engines import PlainEngine, WrongLoss, check_method, check_step,
 from benchmarks.ledger import ledger
 from benchmarks.provenance import ROOT
 from fastmim.engine.ranks import Ranks
-from fastmim.methods import METHODS
+from fastmim.methods import METHODS, suited
 from fastmim.optim import OptimConfig, torch_adamw
 from fastmim.optim.groups import parameter_groups
 from tests.methods.conftest import DECODER, MODEL
@@ -41,8 +41,8 @@ sys.exit(main(sys.argv[1:]))
 def make(name: str = "mae"):
     torch.manual_seed(0)
     small = {"decoder": DECODER, "hidden": 40, "out": 20}
-    config = METHODS[name]()
-    method = replace(config, **{k: v for k, v in small.items() if hasattr(config, k)}).build(MODEL)
+    config, model = suited(name, MODEL)
+    method = replace(config, **{k: v for k, v in small.items() if hasattr(config, k)}).build(model)
     method.share(Ranks.single())
     return method
 
@@ -64,6 +64,7 @@ def test_the_plain_engine_in_fp32_is_adamw(name):
             for teacher, student in twin.averages():
                 for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
                     t.lerp_(s, 1 - twin.momentum(0.5))
+        twin.after_step(0.5)
         assert step(engine, batch).item() == loss.item()
     for (key, p), q in zip(twin.named_parameters(), engine.method.parameters(), strict=True):
         assert torch.equal(p, q), key

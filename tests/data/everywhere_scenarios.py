@@ -33,7 +33,7 @@ def seen(ranks: Ranks, decoder: str, folder: Path, start: int) -> dict:
                 for part in parts_of(batch):
                     digest.update(part[slot].contiguous().numpy().tobytes())
                 digests[step, sample_id] = digest.hexdigest()
-    everyone = ranks.gather(digests)
+    everyone = ranks.gather_objects(digests)
     assert sum(map(len, everyone)) == (STEPS - start) * 8
     return {place: digest for part in everyone for place, digest in part.items()}
 

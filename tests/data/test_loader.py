@@ -27,8 +27,8 @@ def test_a_batch_is_what_its_ids_say(folder, open_loader, decoder):
             image = Image.open(BytesIO(images.read(sample_id)))
             boxes, flips = draw_boxes(batch.seeds_B[slot : slot + 1], np.array([image.size[::-1]]), crop)
             top, left, height, width = boxes[0].tolist()
-            crop = image.crop((left, top, left + width, top + height)).resize((12, 20), Image.BICUBIC)
-            expected = torch.from_numpy(np.array(crop))
+            cut = image.crop((left, top, left + width, top + height)).resize((12, 20), Image.BICUBIC)
+            expected = torch.from_numpy(np.array(cut))
             expected = expected.flip(1) if flips[0] else expected
             assert (pixels[slot].float() - expected.float()).abs().mean() < 0.5
 

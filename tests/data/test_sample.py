@@ -35,7 +35,7 @@ def start(folder: Path, cache: Path) -> subprocess.Popen:
     )
 
 
-def until(true, seconds: float = 20.0) -> None:
+def until(true, seconds: float = 600.0) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "waited too long"

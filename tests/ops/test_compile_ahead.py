@@ -6,7 +6,6 @@ TRITON_INTERPRET. `benchmarks/machine_code` looks further, at the shapes of trai
 
 import json
 import os
-import pkgutil
 import re
 import struct
 import subprocess
@@ -126,11 +125,11 @@ def block_constants() -> set[str]:
 
 def kernels_of_the_package() -> set[str]:
     """Names of all functions that a launcher launches: by habit they end in `_kernel`."""
-    names = set()
-    for module in pkgutil.iter_modules(fastmim_kernels.__path__):
-        source = Path(module.module_finder.path, f"{module.name}.py").read_text()
-        found = re.findall(r"@triton\.jit\ndef (\w*_kernel)\(", source)
-        names |= {f"{module.name}.{function}" for function in found}
+    root, names = Path(fastmim_kernels.__path__[0]), set()
+    for path in root.rglob("*.py"):
+        found = re.findall(r"@triton\.jit\ndef (\w*_kernel)\(", path.read_text())
+        module = ".".join(path.relative_to(root).with_suffix("").parts)
+        names |= {f"{module}.{function}" for function in found}
     return names
 
 
@@ -186,6 +185,7 @@ def cases() -> Iterator[tuple]:
     yield from block_cases()
     yield from contrast_cases()
     yield from attention_cases()
+    yield from code_cases()
     yield from crop_cases()
     yield from color_cases()
 
@@ -299,6 +299,28 @@ def attention_cases() -> Iterator[tuple]:
             yield case, tile.launch_forward, q, k, v, segments
             for needs in ((True, True, True), (False, True, True)):
                 yield f"{case} back", tile.launch_backward, out, q, k, v, out, lse, segments, needs
+            if len(segments) > 1 and not ALL:
+                continue
+            biases = [torch.empty(H, n, n, dtype=dtype) for n in segments]
+            back, needs = (out, q, k, v, out, lse, segments), (True, True, True)
+            yield f"{case} biased", tile.launch_forward, q, k, v, segments, biases
+            yield f"{case} biased back", tile.launch_backward, *back, needs, biases
+            yield f"{case} bias", tile.launch_backward_bias, *back, biases
+
+
+def code_cases() -> Iterator[tuple]:
+    """Launches of code_loss: DINO's pairs, iBOT's, and codes that fill no block."""
+    loss = import_module("fastmim_kernels.code_loss_triton")
+    new = torch.empty
+    half, single, other = torch.bfloat16, torch.float32, torch.float16
+    for codes, pairs, dtypes in ((65536, 2, (half, single)), (8192, 1, (other,)), (1000, 5, (half,))):
+        for dtype in dtypes:
+            case = f"{codes} codes {str(dtype).removeprefix('torch.')}"
+            student, teacher, center = new(40, codes, dtype=dtype), new(8, codes, dtype=dtype), new(codes)
+            of = new(40, pairs, dtype=torch.int64)
+            yield case, loss.launch_forward, student, teacher, center, of, 0.1, 0.04
+            saved = student, teacher, center, of, new(40), new(8)
+            yield f"{case} back", loss.launch_backward, new(40, pairs), *saved, 0.1, 0.04
 
 
 def color_cases() -> Iterator[tuple]:
