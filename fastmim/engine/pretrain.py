@@ -136,6 +136,7 @@ def prepare(run: Run) -> Prepared:
     check_run_dir(run)
     check_decoder(run.data.decoder, run.model.channels)
     check_optimizer(run.optim)
+    check_files(run)
     ranks = start_process_group(device)
     if run.optim.name == "deepspeed":
         ranks.all_succeed(build_fused_adam, "building the optimizer")
@@ -169,6 +170,7 @@ def train(p: Prepared, *, arguments: list[str] | None = None) -> None:
     ours = p.run.run_dir is None or not p.run_dir.exists()
     with no_empty_folder_left(p.run_dir, ours=ours):
         p.method.share(ranks)
+        place_frozen(p.method, device_of(p.plan, ranks))
         engine, groups = wrap(p.method, p.run, p.plan)
         teacher = Teacher(engine, ranks)
         start_step = load(engine, teacher, p.found, ranks) if p.found else 0
@@ -218,6 +220,19 @@ def train_steps(
 
 
 # --- before the first step ------------------------------------------------------------------------
+
+
+def check_files(run: Run) -> None:
+    """ValueError for a file of a frozen module that is not there."""
+    for flag, path in run.method.files().items():
+        if not path.exists():
+            raise ValueError(f"method.{flag}: want the file of a frozen module, got nothing at {path}")
+
+
+def place_frozen(method: Method, device: torch.device) -> None:
+    """Put frozen modules where the method works. DeepSpeed never sees them: they stay as they were made."""
+    for module in method.frozen.values():
+        module.requires_grad_(False).eval().to(device)
 
 
 def build_method(run: Run) -> tuple[Method, str | None]:
@@ -349,6 +364,7 @@ def write_results(run: Run, run_dir: Path, state: dict[str, Tensor], batch: Batc
     save_file(to_file(state), run_dir / "model.safetensors", metadata=metadata)
     draw_loss(run_dir / "metrics.jsonl", run_dir / "loss.png")
     method.load_state_dict(state)
+    place_frozen(method, batch.seeds_B.device)
     picture = method.to(batch.seeds_B.device).eval().reconstruct(batch)
     if picture is not None:
         draw_reconstruction(picture, run.model, run_dir / "reconstruction.png")

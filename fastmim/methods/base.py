@@ -24,6 +24,7 @@ the data and keeps `encoder` when training ends. It knows nothing else of a meth
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
@@ -46,6 +47,10 @@ class MethodConfig:
     variants: ClassVar[Mapping[str, Variant]] = {}  # other rows of the paper's tables: --variant
     scales: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # by --recipe: fields that it changes beside sizes
     encoder: ClassVar[Mapping[str, Any]] = {}  # fields of `ViTConfig` beside sizes, as the paper has them
+
+    def files(self) -> Mapping[str, Path]:
+        """Files of frozen modules, as a tokenizer's, by flag; the engine asks first if they are there."""
+        return {}
 
     def check_batch(self, micro_batch: int, ranks: int) -> None:
         """ValueError if the method cannot work on micro-batches of this many images on each of the ranks."""

@@ -78,7 +78,7 @@ def made(tmp_path_factory) -> Path:
     (broken / "manifest.json").write_text(json.dumps({**sample._manifest(), "counts": SMALL}))
 
     asking = [start(folder, cache) for _ in range(3)]
-    answers = [process.communicate(timeout=120) for process in asking]
+    answers = [process.communicate(timeout=1200) for process in asking]
     assert [process.returncode for process in asking] == [0, 0, 0], answers
     assert [out.strip() for out, _ in answers] == [str(broken)] * 3
     assert sorted(err.count("making the embedded sample set (240 images)") for _, err in answers) == [0, 0, 1]

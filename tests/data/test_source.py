@@ -82,4 +82,4 @@ def test_names_that_are_not_utf_8(tmp_path):
 
 def test_importing_the_data_does_not_import_dali():
     code = "import sys, fastmim.data; sys.exit('nvidia.dali' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=600).returncode == 0

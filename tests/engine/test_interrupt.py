@@ -31,7 +31,7 @@ def interrupt(command: list[str], run_dir: Path, *, steps: int) -> tuple[int, st
             time.sleep(0.02)
         start = time.monotonic()
         os.killpg(child.pid, signal.SIGINT)  # as a terminal does it
-        _, said = child.communicate(timeout=60)
+        _, said = child.communicate(timeout=600)
     finally:
         if child.poll() is None:  # it has a hundred thousand steps to go
             os.killpg(child.pid, signal.SIGKILL)

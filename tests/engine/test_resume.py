@@ -82,7 +82,7 @@ def launch(*arguments: str, check: bool = True) -> subprocess.CompletedProcess:
     """The deepspeed launcher on a port of its own."""
     port = str(29600 + os.getpid() % 1000)
     command = [str(Path(sys.executable).with_name("deepspeed")), "--master_port", port, *arguments]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2000)
     assert not check or run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
     return run
 

@@ -54,7 +54,7 @@ FAULTS = [
     ),
     (
         METHOD,
-        "stream = SECOND_DRAW if",
+        "stream = SECOND_MASK.of() if",
         "stream = 0 if",
         "T2 draws the mask of T1",
         "draws_of_their_own",
