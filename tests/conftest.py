@@ -32,7 +32,7 @@ LONGEST_FIRST = (
     "tests/ops/test_info_nce.py",
     "tests/ops/apply/test_instance.py",
     "tests/engine/test_kills.py",
-    "tests/engine/test_siamese_methods.py",
+    "tests/engine/test_methods_train.py",
     "tests/data/test_data_commands.py",
     "tests/data/test_pack.py",
     "tests/data/test_leaks.py",

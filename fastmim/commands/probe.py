@@ -20,7 +20,7 @@ def main(name: str, arguments: list[str]) -> None:
     args = parser.parse_args(arguments)
     if (args.most is not None and args.most < 1) or args.workers < 1:
         parser.exit(2, f"fastmim: error: want --most and --workers >= 1, got {args.most}, {args.workers}\n")
-    from fastmim.engine.evaluate import evaluate
+    from fastmim.commands.evaluate import evaluate
 
     try:
         for what, value in evaluate(

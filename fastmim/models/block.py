@@ -168,7 +168,8 @@ class Block(nn.Module):
         normed_BTD, x_BTD = self.norm1(x_BTD, branch)
         branch = Branch(self.attn(normed_BTD, segments, bias, grids), self.gamma_1, keep1)
         normed_BTD, x_BTD = self.norm2(x_BTD, branch)
-        return x_BTD, Branch(self.mlp(normed_BTD), self.gamma_2, keep2)
+        gamma_2 = None if self.gamma_2 is None else self.gamma_2.clone()  # ZeRO 3 empties it as we leave
+        return x_BTD, Branch(self.mlp(normed_BTD), gamma_2, keep2)
 
 
 class CrossAttention(nn.Module):

@@ -76,12 +76,12 @@ def test_two_sizes_of_one_box_with_one_color(folder, open_loader, decoder):
 
 
 def test_what_is_shared_costs_once(folder, open_loader, monkeypatch):
-    import fastmim.data.decode.choose
+    import fastmim.data.decode.cut
 
     calls = []
-    once = fastmim.data.decode.choose.resized_crop
+    once = fastmim.data.decode.cut.resized_crop
     monkeypatch.setattr(
-        fastmim.data.decode.choose, "resized_crop", lambda *a, **k: calls.append(a[2]) or once(*a, **k)
+        fastmim.data.decode.cut, "resized_crop", lambda *a, **k: calls.append(a[2]) or once(*a, **k)
     )
     crops = [PLAIN, Crop(size=(24, 24), color=C_MAE, draw=1), Crop(size=(24, 24), box=1)]
     take(open_loader(find_images(folder), "pillow", crops=crops), 2)

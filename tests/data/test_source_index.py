@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastmim.data import find_images, folder, index, source, tar
+from fastmim.data import find_images
+from fastmim.data.sources import folder, index, source, tar
 from fastmim.data.sources.images import labels_by_folder
 from fastmim.data.sources.index import Index, Names, Stamps, index_file, load, pack, save, unpack
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastmim.data import find_images, parquet, tar
+from fastmim.data import find_images
+from fastmim.data.sources import parquet, tar
 from fastmim.data.sources.memory import MemoryImages
 from fastmim.data.sources.source import _braces
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from fastmim import cli
-from fastmim.data import find_images, folder, index
+from fastmim.data import find_images
+from fastmim.data.sources import folder, index
 from fastmim.data.sources.left_out import LeftOut
 from tests.conftest import SHARED_DATA
 
