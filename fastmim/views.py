@@ -1,4 +1,4 @@
-"""What passes from the data to a method: uint8 crops of each sample, and the keys of its random draws.
+"""What passes from the data to a method: uint8 crops of each sample, and the seeds of its random draws.
 
 A method says which `Crop`s it wants and in which order; the data deliver a `Batch` that holds them in
 that order. Neither side knows the other. Numbers say what crops share:
@@ -89,7 +89,7 @@ class Crop:
 def augmented(crops: Sequence[Crop], augmentation: Augmentation) -> tuple[Crop, ...]:
     """`strong`, for pre-training on few images: smaller boxes, and all of SimSiam's colors where none were.
 
-    Views of one crop and draw get the same colors, so that a method without colors reconstructs what it
+    Crops of one box and draw get the same colors, so that a method without colors reconstructs what it
     sees. arXiv:2208.04164 names no recipe for its "stronger augmentation": this one is ours.
     """
     if augmentation == "recipe":
@@ -104,6 +104,6 @@ class Batch:
     """One micro-batch on one rank."""
 
     crops: tuple[Tensor, ...]  # each uint8 [B, H, W, C], on the training device, in the order asked for
-    seeds_B: Tensor  # int64 [B], same device: one key per sample, a function of (seed, epoch, sample id)
+    seeds_B: Tensor  # int64 [B], same device: one seed per sample, a function of (seed, epoch, sample id)
     ids_B: Tensor  # int64 [B], on the CPU: sample ids, for reports
     epoch: int
