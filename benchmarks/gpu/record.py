@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.provenance import NULL_DEVICE, append
+from benchmarks.provenance import NULL_DEVICE, append, environment
 
 ROUND = "round.jsonl"
 HEAD_BYTES, TAIL_BYTES = 200_000, 30_000  # of what a part says, its begin and its end
@@ -97,13 +97,17 @@ def earlier(paths: Iterable[Path]) -> list[dict[str, Any]]:
 def keep(path: Path, results: Path) -> int:
     """Append the rows of a round's rows.jsonl to the files they belong to; returns how many.
 
+    Rows from where there was no git bear this commit, if they are of the very code that stands here.
     ValueError for rows of a device that runs nothing: they are no measurements.
     """
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     null = sum(row.get("device") == NULL_DEVICE for row in rows)
     if null:
         raise ValueError(f"keep: want rows of a device that computes, got {null} of {NULL_DEVICE!r}")
+    here = environment()
     for row in rows:
+        if row.get("commit") is None and row.get("sources") == here["sources"]:
+            row |= {key: here[key] for key in ("commit", "dirty")}
         append(results / Path(row.pop("file")).name, row)
     return len(rows)
 

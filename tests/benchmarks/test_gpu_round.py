@@ -18,7 +18,7 @@ from benchmarks.gpu import parts, prepare, sanitize, stages, wheels
 from benchmarks.gpu.parts import MARK, Part, Runner, Stage, marked, remaining
 from benchmarks.gpu.record import ROUND, Record, earlier, keep, table
 from benchmarks.gpu.shares import Want, divide
-from benchmarks.provenance import NULL_DEVICE, ROOT
+from benchmarks.provenance import NULL_DEVICE, ROOT, environment, sources_digest
 
 KINDS = ("round", "quick", "rehearse")
 
@@ -254,6 +254,18 @@ def test_rows_of_a_null_device_are_not_kept(tmp_path):
     rows.write_text(json.dumps({"file": "x.jsonl", "device": NULL_DEVICE}) + "\n")
     with pytest.raises(ValueError, match="want rows of a device that computes, got 1"):
         keep(rows, tmp_path / "kept")
+
+
+def test_rows_of_a_machine_without_git_bear_the_commit_of_the_same_code(tmp_path):
+    """Those of other code stay without: nobody can say which it was."""
+    rows = [
+        {"file": "ops.jsonl", "commit": None, "dirty": None, "sources": s}
+        for s in (sources_digest(), "other")
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keep(tmp_path / "rows.jsonl", tmp_path / "kept")
+    ours, other = map(json.loads, (tmp_path / "kept" / "ops.jsonl").read_text().splitlines())
+    assert ours["commit"] == environment()["commit"] and other["commit"] is None
 
 
 def test_a_broken_file_of_rows_is_named(tmp_path):
