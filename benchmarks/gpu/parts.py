@@ -112,6 +112,8 @@ class Runner:
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join([*self.search, *inherited]),
             "PYTHONUNBUFFERED": "1",
+            # the C++ ops serve a CPU: to build them would take half a minute, and checks use the references
+            "FASTMIM_NATIVE": os.environ.get("FASTMIM_NATIVE", "0"),
             MARK: self.mark,
         }
         self.count += 1

@@ -1,6 +1,6 @@
 """What a fresh machine wants before anything is timed: -m benchmarks.gpu.prepare. Prints the machine, too.
 
-The C++ ops are built and every Triton kernel is compiled that the later stages launch, on all cores at once:
+Every Triton kernel is compiled that the later stages launch, on all cores at once:
 each job is a process that runs an op or a method once and leaves its kernels in Triton's cache on disk. A job
 that fails is named and costs nothing else: the stage that it prepared for will meet it again.
 """
@@ -27,7 +27,6 @@ ASKED = (
     ("c++", "--version"),
     ("compute-sanitizer", "--version"),
 )
-NATIVE = ("-c", "from fastmim_kernels import native; print(native.library().name)")
 SMALL = "--batch 32 --engine plain --warm"
 
 
@@ -45,7 +44,7 @@ def machine() -> Iterator[str]:
 
 def jobs(models: Sequence[str], ops: Sequence[str], flags: str) -> dict[str, tuple[str, ...]]:
     """Commands behind the interpreter, in order of the stages that they prepare."""
-    found: dict[str, tuple[str, ...]] = {"C++ ops": NATIVE}
+    found: dict[str, tuple[str, ...]] = {}
     first = {op: ("-m", "benchmarks.harness", op, "--warm") for op in ops}
     for model in models:
         for method in METHODS:

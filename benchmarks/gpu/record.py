@@ -97,7 +97,7 @@ def earlier(paths: Iterable[Path]) -> list[dict[str, Any]]:
 def keep(path: Path, results: Path) -> int:
     """Append the rows of a round's rows.jsonl to the files they belong to; returns how many.
 
-    Rows from where there was no git bear this commit, if they are of the very code that stands here.
+    Rows of the very code that stands here bear its commit: where they were measured git may know none.
     ValueError for rows of a device that runs nothing: they are no measurements.
     """
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -106,7 +106,7 @@ def keep(path: Path, results: Path) -> int:
         raise ValueError(f"keep: want rows of a device that computes, got {null} of {NULL_DEVICE!r}")
     here = environment()
     for row in rows:
-        if row.get("commit") is None and row.get("sources") == here["sources"]:
+        if row.get("sources") == here["sources"] and not here["dirty"]:
             row |= {key: here[key] for key in ("commit", "dirty")}
         append(results / Path(row.pop("file")).name, row)
     return len(rows)

@@ -108,7 +108,7 @@ def prepare(models: Sequence[str], flags: str = "") -> tuple[Part, ...]:
         command += ("--models", *models, "--ops", *OPS)
     else:
         command += ("--models", "vit_tiny", flags)
-    return (Part("machine, C++ ops, Triton", command),)
+    return (Part("machine, Triton", command),)
 
 
 def op_tests() -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from fastmim.models.vit import ViTConfig
 from fastmim.optim import OptimConfig
 
 WARMUP_SHARE = 0.2  # of a run too short for the warm-up asked for
+LAST_MILESTONE = 7 / 8  # of a run that ends before it, as in SimMIM: 700 of 800 epochs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +85,7 @@ class Plan:
     left_out: int  # images of each epoch that fill no whole batch; others each epoch
     total_steps: int
     warmup_steps: float
+    milestones: tuple[float, ...] = ()  # steps
     peak_lr: float
     attention: str
     notes: tuple[str, ...]  # what was settled otherwise than asked, for a person
@@ -118,11 +120,11 @@ def make_plan(run: Run, images: Images, *, world: int, device: Literal["cuda", "
             f"{run.accumulate} each meets {micro_batch * world - 1} others, not {run.batch - 1}, which is "
             "another loss than without"
         )
-    if run.optim.milestones and run.optim.milestones[-1] * steps_per_epoch >= total:
-        raise ValueError(
-            f"optim.milestones: want epochs before the end of the run, {total / steps_per_epoch:g}, got "
-            f"{run.optim.milestones}: the learning rate would never be lowered"
-        )
+    milestones = tuple(epoch * steps_per_epoch for epoch in run.optim.milestones)
+    if milestones and milestones[-1] >= total:
+        milestones = tuple(LAST_MILESTONE * total * step / milestones[-1] for step in milestones)
+        epochs, steps = (" ".join(f"{x:g}" for x in xs) for xs in (run.optim.milestones, milestones))
+        notes.append(f"milestones at epoch {epochs} do not fit in {total} steps: moved to step {steps}")
     warmup = run.optim.warmup_epochs * steps_per_epoch
     if warmup >= total:
         warmup = WARMUP_SHARE * total
@@ -142,6 +144,7 @@ def make_plan(run: Run, images: Images, *, world: int, device: Literal["cuda", "
         left_out=left_out,
         total_steps=total,
         warmup_steps=warmup,
+        milestones=milestones,
         peak_lr=run.optim.peak_lr(run.batch),
         attention=f"{attention} ({why})",
         notes=tuple(notes),

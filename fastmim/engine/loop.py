@@ -76,7 +76,7 @@ def rate_at(step: int, config: OptimConfig, plan: Plan, schedule: str | None = N
         total_steps=plan.total_steps,
         min_lr=config.min_lr,
         schedule=config.schedule if schedule is None else schedule,  # type: ignore[arg-type]
-        milestones=[epoch * plan.steps_per_epoch for epoch in config.milestones],
+        milestones=plan.milestones,
         gamma=config.gamma,
     )
 

@@ -265,7 +265,8 @@ def test_rows_of_a_machine_without_git_bear_the_commit_of_the_same_code(tmp_path
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     keep(tmp_path / "rows.jsonl", tmp_path / "kept")
     ours, other = map(json.loads, (tmp_path / "kept" / "ops.jsonl").read_text().splitlines())
-    assert ours["commit"] == environment()["commit"] and other["commit"] is None
+    here = environment()
+    assert ours["commit"] == (None if here["dirty"] else here["commit"]) and other["commit"] is None
 
 
 def test_a_broken_file_of_rows_is_named(tmp_path):
@@ -469,7 +470,7 @@ def test_rehearsal(tmp_path):
     assert became[("sanitizer", "memcheck, racecheck")].startswith("skipped: ")
     assert became[("tests", "with faults")] == "failed with 1: 1 failed, 2 lost, 2 passed"
     assert "FAILED " in run.stdout and "assert (1 + 1) == 3" in run.stdout
-    for key in (("prepare", "machine, C++ ops, Triton"), ("step", "mae by kernel"), ("rivals", "timm_mae")):
+    for key in (("prepare", "machine, Triton"), ("step", "mae by kernel"), ("rivals", "timm_mae")):
         assert became[key].startswith("ok"), became
     assert all(became[("methods", name)].startswith("ok") for name in ("mae", "rmae", "cmae", "cmae_huang"))
     assert {r["file"] for r in rows} >= {"throughput.jsonl", "resized_crop.jsonl", "step_profile.jsonl"}

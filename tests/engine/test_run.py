@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from fastmim.engine.config import make_plan
 from fastmim.engine.deepspeed import deepspeed_dictionary
+from fastmim.engine.loop import rate_at
 from fastmim.engine.metrics import NonFinite
 from fastmim.engine.pretrain import images_of, prepare, train
 from tests.engine.conftest import tiny_run
@@ -128,6 +129,20 @@ def test_nothing_is_left_out_or_changed_in_silence(images, tmp_path):
     plan = make_plan(run, images_of(run), world=1, device="cpu")
     assert plan.warmup_steps == 1.0
     assert any("warm-up of 1 epochs does not fit in 5 steps" in note for note in plan.notes)
+
+
+def test_milestones_beyond_the_end_are_moved_in_proportion_and_said_so(images, tmp_path):
+    """Of 72 images 8 at a time an epoch has 9 steps."""
+    run = tiny_run(images, tmp_path, steps=80)
+    for epochs, steps in (((4.0, 8.0), (36.0, 72.0)), ((5.0, 10.0), (35.0, 70.0))):
+        there = replace(run, optim=replace(run.optim, schedule="multistep", milestones=epochs))
+        plan = make_plan(there, images_of(run), world=1, device="cpu")
+        assert plan.milestones == steps
+        assert any("milestones at epoch 5 10 do not fit" in n for n in plan.notes) == (epochs == (5.0, 10.0))
+        rates = [
+            rate_at(step, there.optim, plan) / plan.peak_lr for step in (int(steps[0]) - 1, int(steps[0]), 79)
+        ]
+        assert rates == pytest.approx([1.0, 0.1, 0.01])
 
 
 # --- methods the engine has never heard of ------------------------------------------------------------

@@ -91,7 +91,7 @@ def test_loss_and_gradients_equal_the_formulas(changes):
     oracle, oracle_grads = loss_and_gradients(cmae, batch, foreign, torch.float64)
     naive, naive_grads = loss_and_gradients(cmae, batch, foreign, torch.float32)
     loss = cmae(batch).loss
-    assert_no_worse("loss", loss.detach(), oracle, naive, slack=8)
+    assert_no_worse("loss", loss.detach(), oracle, naive, slack=16)
     loss.backward()
     trained = {name: p for name, p in cmae.named_parameters() if p.requires_grad}
     assert {name for name, p in trained.items() if p.grad is not None} <= oracle_grads.keys()

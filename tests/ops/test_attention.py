@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import sys
 
 import pytest
@@ -45,7 +46,7 @@ def test_against_the_definition(segments, dtype, device):
     ours = forward_backward(lambda q, k, v, s: attention(q, k, v, segments=s), dtype)
     for name, a, o, n in zip(("out", "dq", "dk", "dv"), ours, oracle, naive, strict=True):
         assert a.shape == o.shape
-        assert_no_worse(name, a, o, n, slack=3)
+        assert_no_worse(name, a, o, n, slack=6 if a.is_cuda else 3)
 
 
 def test_segments_do_not_see_one_another(device):
@@ -171,8 +172,8 @@ def test_the_fastest_serves(measured, monkeypatch, device):
     served.clear()
     attention(q, k, v)
     assert served == ["tile"]  # and nothing is measured again
-    attention(q[:0], k[:0], v[:0])
-    assert served[-1] == "sdpa" and len(attention_choices()) == 1
+    assert attention(q[:0], k[:0], v[:0]).shape == (0, 50, 2, 16)
+    assert served == ["tile"] and len(attention_choices()) == 1  # of nothing nothing is measured
 
 
 def test_one_token_whose_gradients_are_rounding_is_no_failure(measured, device):
@@ -195,14 +196,15 @@ def test_a_backend_that_fails_or_is_wrong_is_left_out_and_named(measured, monkey
 
     for name, fn, reason in (
         ("tile", broken, "RuntimeError: no kernel image"),
-        ("tile", wrong, "off by 0.05 of sdpa's largest value"),
+        ("tile", wrong, r"off by 0\.05\d* of sdpa's largest value"),  # in bf16 there are more digits
         ("tile", lambda q, k, v, s: q * float("nan"), "off by nan of sdpa's largest value"),
     ):
         timing._CHOICES.clear()
         monkeypatch.setitem(BACKENDS, name, fn)
         attention(*some(50, device))
         (choice,) = attention_choices()
-        assert choice["use"] == "sdpa" and choice["ms"] == {} and choice["left_out"][name] == reason
+        assert choice["use"] == "sdpa" and choice["ms"] == {}
+        assert re.fullmatch(reason, choice["left_out"][name])
     attention(*some(300, device))
     assert attention_choices()[-1]["left_out"]["tile"] == (
         "the tile kernels want at most 256 tokens a segment, there are 300"
@@ -231,7 +233,8 @@ def test_an_sdpa_that_fails_is_left_out_and_the_others_are_checked_by_the_defini
     monkeypatch.setitem(BACKENDS, "another", wrong_gradient)
     q, k, v = some(50, device, grad=True)
     attention(q, k, v)
-    assert attention_choices()[-1]["left_out"]["another"] == "off by 0.05 of the definition's largest value"
+    reason = attention_choices()[-1]["left_out"]["another"]
+    assert re.fullmatch(r"off by 0\.05\d* of the definition's largest value", reason)
     monkeypatch.setattr(module, "attention_reference", fails)
     timing._CHOICES.clear()
     with pytest.raises(RuntimeError, match="no tile: nothing to check it with .RuntimeError: No available"):

@@ -119,7 +119,15 @@ def test_keys_of_another_length(segments, keys, biased, device):
     def attend(q, k, v, masks):
         return attention(q, k, v, segments=segments, key_segments=keys, bias=masks)
 
-    compare(results(attend, qkv, biases, dout), segments, qkv, biases, dout, keys, slack=6.0)
+    compare(
+        results(attend, qkv, biases, dout),
+        segments,
+        qkv,
+        biases,
+        dout,
+        keys,
+        slack=16.0 if qkv[0].is_cuda else 6.0,
+    )
 
 
 def test_a_bias_that_several_calls_share_gets_the_sum_of_their_gradients(device):

