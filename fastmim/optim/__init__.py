@@ -42,8 +42,8 @@ class OptimConfig:
     """Learning rate after warm-up: mae and beit, half a cosine; simmim, the same counted from the first step;
     multistep, times gamma at each milestone"""
     milestones: tuple[float, ...] = ()
-    """Epochs at which multistep lowers the learning rate, ascending; moved in proportion, and said so, where the
-    run ends before the last"""
+    """Epochs at which multistep lowers the learning rate, ascending; where the run ends before the last they are
+    moved in proportion, and said so"""
     gamma: float = 0.1
     """Factor of the learning rate at each milestone"""
     weight_decay_end: float | None = None
