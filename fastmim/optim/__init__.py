@@ -42,7 +42,7 @@ class OptimConfig:
     """Learning rate after warm-up: mae and beit, half a cosine; simmim, the same counted from the first step;
     multistep, times gamma at each milestone"""
     milestones: tuple[float, ...] = ()
-    """Epochs at which multistep lowers the learning rate, ascending; where the run ends before the last they are
+    """Epochs where multistep lowers the learning rate, ascending; where a run ends before the last, they are
     moved in proportion, and said so"""
     gamma: float = 0.1
     """Factor of the learning rate at each milestone"""
