@@ -5,130 +5,38 @@
     M  mean over the 2 (2 + L) - 2 pairs of a teacher's crop t and another crop s of
        H(p_t, q_s) = -Sum_k p_t[k] log q_s[k],  p = softmax((g_t - c) / T_t),  q = softmax(g_s / T_s)
 
-c, the center, is the running mean of the teacher's logits: with it no code serves all images, and with a low
-T_t not all codes alike.
-
 Source     Caron et al., arXiv:2104.14294; facebookresearch/dino.
 Defaults   the released run without extras: K = 65,536, 8 small crops, T_t 0.04 throughout. `--variant warm`
            raises T_t to 0.07 in 30 epochs; with `local_crops` 0 large crops begin at 0.14 of the area.
-Schedules  T_t by epoch, the teacher's momentum and, in the recipe, learning rate and weight decay by step.
-Freeze     the codes keep their first directions for an epoch; their lengths stay 1 (`norm_last_layer`).
 Shapes     B images of this rank, S = 2 + L crops, K codes; rows of crops run image by image.
 """
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from fastmim_kernels import code_loss
-from torch import Tensor, nn
 
-from fastmim.group import Group
-from fastmim.methods.base import Method, MethodConfig, Output
-from fastmim.methods.health import collapse, health
-from fastmim.methods.targets import Center, cosine_momentum, teacher_of
+from fastmim.methods.base import Output
+from fastmim.methods.codes import LARGE, CodesConfig, CodesMethod, pairs
 from fastmim.methods.variants import Variant
 from fastmim.methods.work import Linear, Stack, Work, head_work
-from fastmim.models.heads import CodeHead
-from fastmim.models.mae_decoder import DecoderConfig
 from fastmim.models.tokens import Tokens
-from fastmim.models.vit import Encoder, ViTConfig
-from fastmim.views import BYOL_FIRST, BYOL_SECOND, DINO_SMALL, Batch, Crop
-
-LARGE = 2  # crops that the teacher sees
-SHARE_OF_SMALL = 96 / 224  # side of a small crop, of a large one
-ALIKE = 0.05  # nats: teachers whose entropy is as near to 0, or to log K, have collapsed
+from fastmim.models.vit import ViTConfig
+from fastmim.views import Batch
 
 
 @dataclass(frozen=True, kw_only=True)
-class DINOConfig(MethodConfig):
+class DINOConfig(CodesConfig):
     """DINO (arXiv:2104.14294)."""
 
     name: ClassVar[str] = "dino"
-    encoder: ClassVar = {"positions": "learned", "drop_path": 0.1, "init": "dino"}
     variants: ClassVar = {
         "warm": Variant(
             changes={"teacher_temperature": 0.07, "warmup_epochs": 30}, expected="not published apart"
         ),
         "two-crops": Variant(changes={"local_crops": 0}, expected="not published for ViT-B"),
     }
-    local_crops: int = 8
-    """Small crops beside the two large ones, for the student alone; 0: there are none"""
-    local_size: int = 96
-    """Side of a small crop, in pixels"""
-    local_scale: tuple[float, float] = (0.05, 0.4)
-    """Area of a small crop, of the image's"""
-    global_scale: tuple[float, float] | None = None
-    """Area of a large crop, of the image's; by default 0.4 to 1, and 0.14 to 1 without small crops"""
-    out: int = 65536
-    """K, number of codes"""
-    hidden: int = 2048
-    """Width of the two hidden layers of the head"""
-    bottleneck: int = 256
-    """Width of what is compared with the codes"""
-    norm_last_layer: bool = True
-    """Keep the lengths of the codes at 1"""
-    freeze_last_layer: int = 1
-    """Epochs in which the codes stay as they are"""
-    student_temperature: float = 0.1
-    """T_s"""
-    teacher_temperature: float = 0.04
-    """T_t, after its warm-up"""
-    warmup_temperature: float = 0.04
-    """T_t of the first epoch"""
-    warmup_epochs: int = 0
-    """Epochs from the first T_t to the last, in equal steps"""
-    ema: float = 0.996
-    """Momentum of the teacher at the start; 1 at the end, along half a cosine"""
-    center_momentum: float = 0.9
-    """Momentum of the center"""
-
-    def __post_init__(self) -> None:
-        sizes = ("out", "hidden", "bottleneck", "local_size")
-        counts = ("local_crops", "freeze_last_layer", "warmup_epochs")
-        temperatures = ("student_temperature", "teacher_temperature", "warmup_temperature")
-        for names, wanted, is_right in (
-            (sizes, "at least 1", lambda x: x >= 1),
-            (counts, "0 or more", lambda x: x >= 0),
-            (temperatures, "more than 0", lambda x: 0 < x < math.inf),
-            (("ema", "center_momentum"), "0 or more and below 1", lambda x: 0 <= x < 1),
-        ):
-            for name in names:
-                if not is_right(getattr(self, name)):
-                    flag = name.replace("_", "-")
-                    raise ValueError(f"method.{flag}: want {wanted}, got {getattr(self, name)}")
-
-    @property
-    def large_scale(self) -> tuple[float, float]:
-        """Area of a large crop, of the image's."""
-        if self.global_scale is not None:
-            return self.global_scale
-        return (0.4, 1.0) if self.local_crops else (0.14, 1.0)
-
-    def temperature(self, epoch: int) -> float:
-        """T_t of an epoch, the first being 0."""
-        if epoch >= self.warmup_epochs:
-            return self.teacher_temperature
-        step = (self.teacher_temperature - self.warmup_temperature) / max(self.warmup_epochs - 1, 1)
-        return self.warmup_temperature + epoch * step
-
-    def for_image(self, model: ViTConfig) -> Self:
-        side = round(min(model.size) * SHARE_OF_SMALL / model.patch) * model.patch
-        return replace(self, local_size=max(side, model.patch))
-
-    def fit(self, model: ViTConfig, decoder: DecoderConfig) -> Self:
-        sized = self.for_image(model)
-        return replace(sized, hidden=4 * model.width, bottleneck=model.width, out=16 * model.width)
-
-    def check_crops(self, model: ViTConfig) -> None:
-        """ValueError for small crops of no whole patches, or larger than the table of positions."""
-        if self.local_crops and (self.local_size % model.patch or self.local_size > min(model.size)):
-            raise ValueError(
-                f"method.local-size: want a multiple of the patch, {model.patch}, and at most the "
-                f"{min(model.size)} px of the image, of which there are positions, got {self.local_size}"
-            )
 
     def work(self, model: ViTConfig) -> Work:
         """The student on all crops, the teacher on the large ones and without a gradient."""
@@ -152,38 +60,11 @@ class DINOConfig(MethodConfig):
         return DINO(self, model)
 
 
-class DINO(Method):
+class DINO(CodesMethod):
     config: DINOConfig
-    encoder: Encoder
 
     def __init__(self, config: DINOConfig, model: ViTConfig):
-        super().__init__()
-        config.check_crops(model)
-        self.config, self.model = config, model
-        large = Crop(size=model.size, scale=config.large_scale)
-        small = Crop(size=(config.local_size,) * 2, scale=config.local_scale, color=DINO_SMALL)
-        numbers = range(LARGE, LARGE + config.local_crops)
-        self.crops = (
-            replace(large, color=BYOL_FIRST, box=0, draw=0),
-            replace(large, color=BYOL_SECOND, box=1, draw=1),
-            *(replace(small, box=i, draw=i) for i in numbers),
-        )
-        self.encoder = Encoder(model)
-        self.head = CodeHead(
-            (model.width, config.hidden, config.hidden, config.bottleneck), config.out,
-            train_lengths=not config.norm_last_layer,
-        )  # fmt: skip
-        self.teacher, self.teacher_head = teacher_of(self.encoder), teacher_of(self.head)
-        self.center = Center(config.out, config.center_momentum)
-
-    def averages(self) -> Sequence[tuple[nn.Module, nn.Module]]:
-        return (self.teacher, self.encoder), (self.teacher_head, self.head)
-
-    def momentum(self, progress: float) -> float:
-        return cosine_momentum(self.config.ema, progress)
-
-    def group(self, name: str, parameter: nn.Parameter) -> Group:
-        return Group(frozen_epochs=self.config.freeze_last_layer if name.startswith("head.codes.") else 0)
+        super().__init__(config, model, mask_token=False)
 
     def forward(self, batch: Batch) -> Output:
         c, crops = self.config, [Tokens(image_BHWC) for image_BHWC in batch.crops]
@@ -202,29 +83,3 @@ class DINO(Method):
         entropy = entropy_U.mean()
         metrics = {"teacher_entropy": entropy, "divergence": loss.detach() - entropy}
         return Output(loss, metrics | self.health(student_RE, teacher_UE))
-
-    def health(self, student_RE: Tensor, teacher_UE: Tensor) -> dict[str, Tensor]:
-        """Whether what is compared with the codes tells images apart, on large crops."""
-        width = student_RE.shape[-1]
-        q_BTE = student_RE.detach().view(-1, LARGE + self.config.local_crops, width)[:, :LARGE]
-        return health(q_BTE, teacher_UE.view(-1, LARGE, width))
-
-    def after_step(self, progress: float) -> None:
-        self.center.update(self.ranks)
-
-    def diagnose(self, row: Mapping[str, float]) -> str | None:
-        remedies = "try a lower --method.teacher-temperature, a higher --method.ema or a lower --optim.blr"
-        entropy, chance = row.get("teacher_entropy"), math.log(self.config.out)
-        if entropy is not None and not ALIKE < entropy < chance - ALIKE:
-            found = "one code for all images" if entropy <= ALIKE else "all codes alike"
-            return f"the teacher has {found}: teacher_entropy {entropy:.3f} of {chance:.3f}; {remedies}"
-        return collapse(row, remedies)
-
-
-def pairs(num_images: int, num_crops: int, *, device: torch.device) -> Tensor:
-    """The teacher's rows that each crop of each image is compared with, -1 for itself. `[B S, 2]` int64."""
-    image_B11 = torch.arange(num_images, device=device)[:, None, None]
-    teacher_12 = torch.arange(LARGE, device=device)
-    crop_S1 = torch.arange(num_crops, device=device)[:, None]
-    rows_BS2 = torch.where(crop_S1 == teacher_12, -1, image_B11 * LARGE + teacher_12)
-    return rows_BS2.flatten(0, 1)

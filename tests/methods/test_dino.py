@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from fastmim_kernels import sample_seeds
 
 from fastmim.methods import DINOConfig
-from fastmim.methods.dino import pairs
+from fastmim.methods.codes import pairs
 from fastmim.methods.targets import Center
 from fastmim.models.heads import CodeHead
 from fastmim.models.tokens import Tokens
