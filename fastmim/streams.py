@@ -23,6 +23,7 @@ class Stream(NamedTuple):
 
 MASK = Stream(0, 1)  # what the first branch sees
 SECOND_MASK = Stream(1, 1)  # what the second branch sees, where that is a draw of its own
+MORE_MASKS = Stream(2, 62)  # masks of further crops, and further masks of one crop
 CUTMIX = Stream(90, 1)  # the box of CutMix, and which images are partners
 BOXES = Stream(100, 100)  # where a crop is cut, and whether it is flipped, by `Crop.box`
 WINDOWS = Stream(200, 100)  # how far a window lies below and right of its master, by `Crop.draw`
@@ -32,6 +33,7 @@ DROP_PATH = Stream(700, 1)  # which samples skip which branches of which blocks
 STREAMS: dict[str, Stream] = {
     "mask": MASK,
     "second mask": SECOND_MASK,
+    "more masks": MORE_MASKS,
     "cutmix": CUTMIX,
     "boxes": BOXES,
     "windows": WINDOWS,

@@ -47,6 +47,7 @@ SIMSIAM = replace(C_MAE, blur=0.5)
 BYOL_FIRST = Color(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, jitter=0.8, gray=0.2, blur=1.0)
 BYOL_SECOND = replace(BYOL_FIRST, blur=0.1, solarize=0.2)
 DINO_SMALL = replace(BYOL_FIRST, blur=0.5)
+BEIT = Color(brightness=0.4, contrast=0.4, saturation=0.4, jitter=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,11 @@ from dataclasses import replace
 from fastmim.methods.base import MethodConfig
 from fastmim.methods.cmae import CMAEConfig
 from fastmim.methods.cmae_huang import CMAEHuangConfig
+from fastmim.methods.data2vec import Data2VecConfig
 from fastmim.methods.dino import DINOConfig
+from fastmim.methods.ibot import IBOTConfig
 from fastmim.methods.mae import MAEConfig
+from fastmim.methods.mocov3 import MoCoV3Config
 from fastmim.methods.rmae import RMAEConfig
 from fastmim.methods.simmim import SimMIMConfig
 from fastmim.models.vit import ViTConfig
@@ -17,6 +20,9 @@ METHODS: dict[str, type[MethodConfig]] = {
     "cmae": CMAEConfig,  # Kong & Zhang, arXiv:2208.04164
     "cmae_huang": CMAEHuangConfig,  # Huang et al., arXiv:2207.13532
     "simmim": SimMIMConfig,  # Xie et al., arXiv:2111.09886
+    "ibot": IBOTConfig,  # Zhou et al., arXiv:2111.07832
+    "data2vec": Data2VecConfig,  # Baevski et al., arXiv:2202.03555
+    "mocov3": MoCoV3Config,  # Chen et al., arXiv:2104.02057
     "dino": DINOConfig,  # Caron et al., arXiv:2104.14294
 }
 

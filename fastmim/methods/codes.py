@@ -6,7 +6,7 @@
 c, the center, is the running mean of the teacher's logits: with it no code serves all images, and with a low
 T_t not all codes alike.
 
-Source     Caron et al., arXiv:2104.14294; facebookresearch/dino. Zhou et al., arXiv:2111.07832; bytedance/ibot.
+Source     DINO: arXiv:2104.14294; facebookresearch/dino. iBOT: arXiv:2111.07832; bytedance/ibot.
 Schedules  T_t by epoch, the teacher's momentum and, in the recipe, learning rate and weight decay by step.
 Freeze     the codes keep their first directions for some epochs; their lengths stay 1 (`norm_last_layer`).
 Shapes     B images of this rank, S = 2 + L crops, K codes, E values of a point that is compared with them.

@@ -4,6 +4,7 @@ from fastmim_kernels import norm_pix_loss_image
 from torch import Tensor
 
 from fastmim.models.vit import ViTConfig
+from fastmim.ranks import AcrossRanks
 
 
 def pixel_loss(
@@ -23,3 +24,9 @@ def scored_mean(loss_BL: Tensor, weight_BL: Tensor | None) -> Tensor:
     if weight_BL is None:
         return loss_BL.mean()
     return (loss_BL * weight_BL).sum() / weight_BL.sum().clamp(min=1)
+
+
+def mean_over_ranks(loss_BL: Tensor, weight_BL: Tensor, ranks: AcrossRanks) -> Tensor:
+    """The same over the images of all ranks, whose weights differ, once they average their gradients."""
+    total = ranks.mean(weight_BL.sum().float()[None])[0]
+    return (loss_BL * weight_BL).sum() / total.clamp(min=1 / ranks.world)

@@ -1,6 +1,10 @@
-"""What several papers say of masks in the same words: ratios, counts, and the checks of them."""
+"""What several papers say of masks in the same words: ratios, counts, what they hide, and checks of them."""
 
+import torch
 from fastmim_kernels import num_seen
+from torch import Tensor
+
+from fastmim.models.vit import ViTConfig
 
 
 def check_ratio(name: str, ratio: float) -> None:
@@ -18,3 +22,36 @@ def num_seen_checked(name: str, num_patches: int, ratio: float) -> int:
     if seen == num_patches:
         raise ValueError(f"{name}: {ratio} of {num_patches} patches hides none")
     return seen
+
+
+# --- masks that hide another number of patches of each image ------------------------------------------
+
+
+def first_hidden(hidden_BN: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """The first `most` hidden patches of each image, ascending, and whether there are so many.
+
+    `[B, most]` int64 and bool. Where an image hides fewer, visible patches fill the rest: all sizes are
+    fixed, and nothing waits for the device to count.
+    """
+    order_BN = hidden_BN.byte().argsort(dim=1, descending=True, stable=True)
+    return order_BN[:, :most], torch.arange(most, device=hidden_BN.device) < hidden_BN.sum(1, keepdim=True)
+
+
+def taken(x_BND: Tensor, index_BL: Tensor) -> Tensor:
+    """The tokens at these patches. `[B, L, D]`."""
+    return x_BND.gather(1, index_BL[..., None].expand(-1, -1, x_BND.shape[2]))
+
+
+def hidden_count(name: str, model: ViTConfig, ratio: float) -> int:
+    """Patches that masks of blocks hide of each image at most: 75 of 196 for BEiT, 120 for data2vec.
+
+    ValueError, naming the flag, where that is none or all, or where no block fits.
+    """
+    hidden = round(model.num_patches * ratio)
+    if min(model.grid) < 2 or not 0 < hidden < model.num_patches:
+        rows, columns = model.grid
+        raise ValueError(
+            f"{name}: want some hidden and some visible of a grid of 2 x 2 patches or more, got {ratio} of "
+            f"{rows} x {columns}"
+        )
+    return hidden

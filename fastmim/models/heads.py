@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastmim.models.block import LinearFP32, LinearGELU
-from fastmim.models.init import init_linear, normal_linear
+from fastmim.models.init import init_linear, normal_linear, truncated_normal
 from fastmim.ranks import ALONE, AcrossRanks
 
 Activation = Literal["gelu", "relu"]
 Norm = Literal["none", "bn", "ln"]
 Init = Literal["mae", "torch"]
 HEAD_EPS = 1e-6
+MOCO_EPS = 1e-5
 
 
 class Head(nn.Sequential):
@@ -68,22 +69,51 @@ def hidden_layer(n_in: int, n_out: int, activation: Activation, norm: Norm, fp32
     return [*layers, nn.GELU() if activation == "gelu" else nn.ReLU()]
 
 
+class NormedHead(nn.Sequential):
+    """MoCo v3's head: Linear layers without biases, a batch norm behind each, the last one without affine.
+
+    Hidden layers have ReLU, all Linear layers nn.Linear's own first weights. In fp32 whatever the precision
+    of the run, as `Head` says why.
+
+    Source  Chen et al., arXiv:2104.02057; facebookresearch/moco-v3, vits and builder.
+    """
+
+    def __init__(self, widths: Sequence[int]):
+        super().__init__()
+        last = len(widths) - 2
+        for i, (n_in, n_out) in enumerate(pairwise(widths)):
+            self.append(LinearFP32(n_in, n_out, bias=False))
+            self.append(BatchNorm(n_out, eps=MOCO_EPS, affine=i < last))
+            if i < last:
+                self.append(nn.ReLU())
+
+
+def beit_linear(n_in: int, n_out: int) -> nn.Linear:
+    """A Linear layer with BEiT's first weights: a normal cut at one deviation, no bias."""
+    linear = nn.Linear(n_in, n_out)
+    truncated_normal(linear.weight, deviations=1)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
 class BatchNorm(nn.Module):
     """Batch norm of `[..., C]` over the rows of all ranks in training, by running averages in evaluation.
 
     Every rank of `ranks` must come here with as many rows. The gradient of weight and bias is this rank's
-    share: ranks average theirs, as of any parameter.
+    share: ranks average theirs, as of any parameter. Without `affine` there is neither.
     """
 
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
     running_mean: Tensor
     running_var: Tensor
     ranks: AcrossRanks  # those whose rows it is over; a method shares its own: `Method.share`
 
-    def __init__(self, channels: int, *, eps: float = HEAD_EPS, momentum: float = 0.1):
+    def __init__(self, channels: int, *, eps: float = HEAD_EPS, momentum: float = 0.1, affine: bool = True):
         super().__init__()
         self.eps, self.momentum, self.ranks = eps, momentum, ALONE
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
+        self.weight = nn.Parameter(torch.ones(channels)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
 
@@ -97,7 +127,7 @@ class BatchNorm(nn.Module):
         rows_RC = x.flatten(0, -2)
         if not self.training:
             unit_RC = (rows_RC.float() - self.running_mean) * (self.running_var + self.eps).rsqrt()
-            return (unit_RC * self.weight + self.bias).to(x.dtype).view_as(x)
+            return affine(unit_RC, self.weight, self.bias).to(x.dtype).view_as(x)
         world = self.ranks.world
         if len(rows_RC) * world < 2:
             raise ValueError("batch norm: want at least two rows to take a variance of, got one")
@@ -114,7 +144,12 @@ class NormalizeOverRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_RC: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float, ranks: AcrossRanks
+        ctx: Any,
+        x_RC: Tensor,
+        weight_C: Tensor | None,
+        bias_C: Tensor | None,
+        eps: float,
+        ranks: AcrossRanks,
     ) -> Any:
         x32_RC = x_RC.float()
         var_C, mean_C = torch.var_mean(x32_RC, 0, correction=0)
@@ -128,7 +163,7 @@ class NormalizeOverRanks(torch.autograd.Function):
         ctx.save_for_backward(x_RC, mean_C, scale_C, weight_C)
         ctx.ranks = ranks
         ctx.mark_non_differentiable(mean_C, var_C)
-        return (unit_RC * weight_C + bias_C).to(x_RC.dtype), mean_C, var_C
+        return affine(unit_RC, weight_C, bias_C).to(x_RC.dtype), mean_C, var_C
 
     @staticmethod
     @once_differentiable
@@ -136,10 +171,18 @@ class NormalizeOverRanks(torch.autograd.Function):
         x_RC, mean_C, scale_C, weight_C = ctx.saved_tensors
         unit_RC, dy32_RC = (x_RC.float() - mean_C) * scale_C, dy_RC.float()
         sums_2C = torch.stack([dy32_RC.sum(0), (dy32_RC * unit_RC).sum(0)])
-        dbias_C, dweight_C = sums_2C.to(weight_C.dtype)
+        dbias_C, dweight_C = sums_2C if weight_C is None else sums_2C.to(weight_C.dtype)
         mean_dy_C, mean_dyx_C = ctx.ranks.mean(sums_2C) / len(x_RC)
-        dx_RC = (dy32_RC - mean_dy_C - unit_RC * mean_dyx_C) * (scale_C * weight_C)
+        scale_C = scale_C if weight_C is None else scale_C * weight_C
+        dx_RC = (dy32_RC - mean_dy_C - unit_RC * mean_dyx_C) * scale_C
+        if weight_C is None:
+            return dx_RC.to(x_RC.dtype), None, None, None, None
         return dx_RC.to(x_RC.dtype), dweight_C, dbias_C, None, None
+
+
+def affine(unit_RC: Tensor, weight_C: Tensor | None, bias_C: Tensor | None) -> Tensor:
+    """Weight and bias where there are any."""
+    return unit_RC if weight_C is None or bias_C is None else unit_RC * weight_C + bias_C
 
 
 class Codes(nn.Module):
@@ -174,5 +217,9 @@ class CodeHead(nn.Module):
 
     def forward(self, x_RD: Tensor) -> tuple[Tensor, Tensor]:
         """`[R, D]` to points on the unit sphere, `[R, E]`, and their logits, `[R, K]`."""
-        x_RE = F.normalize(self.mlp(x_RD).float(), dim=-1).to(x_RD.dtype)
+        x_RE = self.points(x_RD)
         return x_RE, self.codes(x_RE)
+
+    def points(self, x_RD: Tensor) -> Tensor:
+        """`[R, D]` to what is compared with the codes, of norm 1. `[R, E]`."""
+        return F.normalize(self.mlp(x_RD).float(), dim=-1).to(x_RD.dtype)

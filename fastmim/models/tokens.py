@@ -45,6 +45,7 @@ class Encoded(NamedTuple):  # a tuple, for ZeRO 3 looks for the tensors in what 
     tokens_BTD: Tensor
     lengths: tuple[int, ...]  # of the segments, in the order of the inputs; class token first in each
     blocks: Mapping[int, Tensor] = {}  # [B, T, D] after each asked for
+    mlps: Mapping[int, Tensor] = {}  # [B, T, D] what the MLP of each asked for gives, before LayerScale
 
     def split(self) -> tuple[Tensor, ...]:
         """The tokens of each input, `[B, 1 + K, D]`."""

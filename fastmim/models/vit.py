@@ -173,16 +173,18 @@ class Encoder(nn.Module):
         class_token: bool = True,
         final_norm: bool = True,
         outputs: Collection[int] = (),
+        mlps: Collection[int] = (),
         seeds_B: Tensor | None = None,
     ) -> Encoded:
         """Encode every input in one pass.
 
-        `outputs` are numbers of blocks, 0 the first, after which the stream is wanted. In training with drop
-        path `seeds_B` are the seeds of the samples, from which it is drawn, the same on any number of ranks.
-        One input can be encoded without its class token, and any without the norm behind the last block.
+        `outputs` are numbers of blocks, 0 the first, after which the stream is wanted, `mlps` those of which
+        the MLP's output is. In training with drop path `seeds_B` are the seeds of the samples, from which it
+        is drawn, the same on any number of ranks. One input can be encoded without its class token, and any
+        without the norm behind the last block.
         ValueError for what the encoder does not have: a mask token, positions for a size, such a block.
         """
-        grids = self.check(inputs, outputs)
+        grids = self.check(inputs, {*outputs, *mlps})
         x_BTD, lengths = self.embed(inputs, grids)
         if not class_token:
             if len(inputs) != 1 or self.config.positions.startswith("relative"):
@@ -193,22 +195,24 @@ class Encoder(nn.Module):
             x_BTD, lengths = x_BTD[:, 1:], (x_BTD.shape[1] - 1,)
         bias: Bias = None if self.rel_pos_bias is None else tuple(self.rel_pos_bias(grid) for grid in grids)
         keeps = self.drop_path(seeds_B, lengths)
-        branch, found = None, {}
+        branch, found, of_mlps = None, {}, {}
         for i, block in enumerate(self.blocks):
             x_BTD, branch = block(x_BTD, branch, lengths, bias=bias, grids=grids, keep_2BT=keeps[i])
             if i in outputs:
                 found[i] = branch.added_to(x_BTD)
+            if i in mlps:
+                of_mlps[i] = branch.value_BTD
         if final_norm and self.norm is not None:
-            return Encoded(self.norm(x_BTD, branch)[0], lengths, found)
-        return Encoded(x_BTD if branch is None else branch.added_to(x_BTD), lengths, found)
+            return Encoded(self.norm(x_BTD, branch)[0], lengths, found, of_mlps)
+        return Encoded(x_BTD if branch is None else branch.added_to(x_BTD), lengths, found, of_mlps)
 
-    def check(self, inputs: Sequence[Tokens], outputs: Collection[int]) -> tuple[Grid, ...]:
+    def check(self, inputs: Sequence[Tokens], blocks: Collection[int]) -> tuple[Grid, ...]:
         """The grid of each input; ValueError for what cannot be encoded."""
         c = self.config
         if not inputs:
             raise ValueError("want at least one image to encode, got none")
-        if not set(outputs) <= set(range(c.depth)):
-            raise ValueError(f"want outputs of blocks 0 to {c.depth - 1}, got {sorted(outputs)}")
+        if not set(blocks) <= set(range(c.depth)):
+            raise ValueError(f"want outputs of blocks 0 to {c.depth - 1}, got {sorted(blocks)}")
         grids = []
         for tokens in inputs:
             B, height, width, channels = tokens.image_BHWC.shape

@@ -18,19 +18,23 @@ from fastmim.methods import (
     METHODS,
     CMAEConfig,
     CMAEHuangConfig,
+    Data2VecConfig,
     DINOConfig,
+    IBOTConfig,
     MAEConfig,
+    MoCoV3Config,
     RMAEConfig,
     SimMIMConfig,
     suited,
 )
 from fastmim.methods.base import MethodConfig
 from fastmim.methods.cmae_huang import checked_num_seen
+from fastmim.methods.codes import LARGE
 from fastmim.models import VITS
 from fastmim.models.mae_decoder import DecoderConfig
 from fastmim.models.vit import ViTConfig
 
-BASE = VITS["vit_base"]
+BASE, BATCH = VITS["vit_base"], 8
 SMALL = ViTConfig(width=128, depth=2, heads=2, patch=16, image_size=64)  # 16 patches
 CONFIGS: list[MethodConfig] = [
     *(suited(name, SMALL)[0] for name in METHODS),
@@ -63,7 +67,13 @@ def left_out(method: MethodConfig, model: ViTConfig) -> int:
     if isinstance(method, SimMIMConfig):
         hidden = 4 * method.num_hidden_cells(model)  # cells of two patches on each side
         return 4 * hidden * P * D + 6 * (N - hidden) * D * P
-    if isinstance(method, DINOConfig):
+    if isinstance(method, IBOTConfig):  # the student's head, and the teacher's codes, of hidden patches alone
+        rows = LARGE * (N - method.most_hidden(model))
+        widths = D, method.hidden, method.hidden, method.bottleneck, method.out
+        codes = method.bottleneck * method.out
+        head = sum(n_in * n_out for n_in, n_out in pairwise(widths))
+        return 6 * rows * head + 2 * rows * codes - 2 * codes // BATCH  # and the mean point of a batch
+    if isinstance(method, DINOConfig | Data2VecConfig | MoCoV3Config):
         return 0
     d = method.decoder.width
     if isinstance(method, CMAEHuangConfig):
@@ -80,10 +90,10 @@ def left_out(method: MethodConfig, model: ViTConfig) -> int:
 @pytest.mark.parametrize("method", CONFIGS, ids=lambda config: config.name)
 def test_products_are_the_references_less_what_is_left_out(method):
     model = BASE if method in CONFIGS[: len(METHODS)] else SMALL
-    ops = ledger(method, model, batch=8, precision="bf16")
+    ops = ledger(method, model, batch=BATCH, precision="bf16")
     counted = sum(op.count * op.flops for op in ops if op.group.startswith(("products", "attention")))
-    assert counted + 8 * left_out(method, model) == 8 * step_flops(method, model)
-    assert foreseen(method, model, batch=8).reference_flops == 8 * step_flops(method, model)
+    assert counted + BATCH * left_out(method, model) == BATCH * step_flops(method, model)
+    assert foreseen(method, model, batch=BATCH).reference_flops == BATCH * step_flops(method, model)
 
 
 def test_one_block_by_hand():
@@ -158,7 +168,8 @@ def test_every_trained_product_has_its_gradients(name):
     assert any("mlp.fc1" in what for what in found)
     shared = ("decoder.decoder_embed", "feature_decoder.decoder_embed")  # they read one tensor
     for what, roles in found.items():
-        if what.startswith(("target", "teacher")):
+        frozen = name == "mocov3" and what == "encoder.patch_embed.proj"
+        if frozen or what.startswith(("target", "teacher", "key_")):
             assert set(roles) == {"forward"}
         elif what not in shared or name != "cmae_huang":
             assert roles["weight gradient"] == roles["forward"], what

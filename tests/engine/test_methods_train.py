@@ -26,6 +26,9 @@ CHANGES = {
 TEACHERS = {
     "cmae": ("projector.", "target_projector."),
     "cmae_huang": ("projector.", "target_projector."),
+    "ibot": ("head.", "teacher_head."),
+    "data2vec": ("encoder.", "teacher."),
+    "mocov3": ("projector.", "key_projector."),
     "dino": ("head.", "teacher_head."),
 }
 
