@@ -258,12 +258,14 @@ class Encoder(nn.Module):
         uniform = (
             draw_uniform(seeds_B, 2 * depth * S, DROP_PATH.of()).view(-1, depth, 2, S).permute(1, 2, 0, 3)
         )
-        repeats = torch.tensor(lengths, device=seeds_B.device)
         keeps: list[Tensor | None] = []
         for i, drawn_2BS in enumerate(uniform):
             p = c.drop_path * i / max(depth - 1, 1)
             kept_2BS = (drawn_2BS >= p).float() / (1 - p)
-            keeps.append(kept_2BS.repeat_interleave(repeats, dim=2, output_size=sum(lengths)) if p else None)
+            runs = [
+                kept_2B1.expand(-1, -1, n) for kept_2B1, n in zip(kept_2BS.split(1, 2), lengths, strict=True)
+            ]
+            keeps.append(torch.cat(runs, dim=2) if p else None)
         return keeps
 
     # --- tokens of the inputs -------------------------------------------------------------------------
