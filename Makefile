@@ -15,7 +15,7 @@ help:
 	@echo "make test    install into $(VENV) and run all tests (ARGS='-k rmae' selects, ARGS='-n 0 -s' shows what they print)"
 	@echo "make test-long  the tests that take minutes each: teachers on four ranks, more kills, more launches"
 	@echo "make fuzz-files  2,000 broken images of 21 kinds through both decoders (ARGS='--seed 1 --count 9000')"
-	@echo "make bench   everything that is measured on a GPU, in ten minutes (ARGS='--quick' in 2, ARGS='--rehearse' on a CPU)"
+	@echo "make bench   everything that is measured on a GPU, in ten minutes (ARGS='--quick' in 5, ARGS='--rehearse' on a CPU)"
 	@echo "make null-gpu  the host side of GPU runs on a CUDA device that runs nothing (ARGS='--record' pins its counts anew)"
 	@echo "make compile-ahead  compile every kernel in every configuration for sm_80, 90, 100, without a GPU, and check its machine code (minutes)"
 	@echo "make mutants plant every listed fault: each must turn a test red (an hour; ARGS='ema losses' takes these groups)"

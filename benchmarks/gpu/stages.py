@@ -56,11 +56,11 @@ def quick(scratch: Path) -> list[Stage]:
     """Each question once, in its largest case."""
     step = "--model vit_base --seconds 1.5 --steps 20 --batch 1024"
     return [
-        Stage("prepare", 0.17, prepare(("vit_base",)), least_s=12, always=True),
-        Stage("tests", 0.17, suite(op_tests()[:3], "ops"), least_s=10),
-        Stage("step", 0.16, (profiled("mae", f"{step} --fit"),), least_s=12),
-        Stage("methods", 0.20, methods(("vit_base",), f"{step} --fit")[1:], least_s=6),
-        Stage("kernels", 0.20, kernels("--quick"), least_s=1.5),
+        Stage("prepare", 0.20, prepare(("vit_base",)), least_s=12, always=True),
+        Stage("tests", 0.10, suite(op_tests()[:3], "ops"), least_s=10),
+        Stage("step", 0.10, (profiled("mae", f"{step} --fit"),), least_s=12),
+        Stage("methods", 0.36, methods(("vit_base",), f"{step} --fit"), least_s=6),
+        Stage("kernels", 0.14, kernels("--quick --providers fastmim"), least_s=1.5),
         Stage("rivals", 0.10, rivals(f"{step} --no-compile", RIVALS[:1]), least_s=8),
     ]
 

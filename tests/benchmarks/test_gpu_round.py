@@ -43,7 +43,7 @@ def test_shares_are_the_whole_and_every_minimum_fits(kind, tmp_path):
 
 
 def test_budgets_are_those_promised():
-    assert gpu_round.KINDS["round"][1] <= 600 - 30 and gpu_round.KINDS["quick"][1] <= 120
+    assert gpu_round.KINDS["round"][1] <= 600 - 30 and gpu_round.KINDS["quick"][1] <= 300
 
 
 def test_what_one_leaves_flows_to_all_later_ones():
