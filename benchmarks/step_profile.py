@@ -24,8 +24,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.engines import (
     Engine,
-    check_images,
-    check_method,
     check_step,
     first,
     make_engine,
@@ -37,6 +35,7 @@ from benchmarks.engines import (
 from benchmarks.flops import step_flops
 from benchmarks.provenance import DEVICE, append, environment
 from benchmarks.throughput import (
+    checked,
     configured,
     describe,
     fitting,
@@ -46,7 +45,6 @@ from benchmarks.throughput import (
     rates,
     steps_within,
 )
-from fastmim.engine.ranks import Ranks
 from fastmim.views import Batch
 
 HOST_IMAGES = 16  # more, and the host waits for room in the device's queue, not for its own work
@@ -171,12 +169,12 @@ def main(command: Sequence[str] | None = None) -> int:
     a = p.parse_args(command)
     if a.sweep or a.data or a.warm:
         p.error("want none of --sweep, --data and --warm here")
+    if len(a.method) != 1:
+        p.error(f"--method: want one, got {' '.join(a.method)}")
     env = environment()
-    torch.manual_seed(0)
-    config, model = configured(a, a.method)
-    method = config.build(model)
-    method.share(Ranks.single())
-    errors = check_method(method, synthetic(method, model.channels, check_images(method), "cpu"), a.precision)
+    (name,) = a.method
+    config, model = configured(a, name)
+    method, errors = checked(config, model, a.precision)
     if a.compile:
         method.compile(dynamic=False)
     engine = make_engine(method, config, model, a)

@@ -2,14 +2,14 @@
 
 python benchmarks/throughput.py --method mae --model vit_base --batch 256 --precision bf16
 python benchmarks/throughput.py --method rmae --model vit_base --sweep batch
-python benchmarks/throughput.py --method cmae --model vit_large --batch 1024 --fit
+python benchmarks/throughput.py --method mae rmae cmae --model vit_large --batch 1024 --fit
 deepspeed benchmarks/throughput.py --method mae --model vit_large --batch 256 --zero 2
 
 A step is forward, backward, the optimizer's update and the method's own `after_step`, through the engine of
 real training: `deepspeed`, or `plain` where it is not installed (bf16 weights, an fp32 master copy and its
-moments in torch's fused AdamW). Before a step is timed, the method's loss and gradients on the device are
-compared with those of the reference ops in fp32 on the CPU, and the loss of the step as it will be timed with
-that of the method run eagerly on the same batch.
+moments in torch's fused AdamW). Before a step is timed, loss and gradients of the method on the device, with
+two blocks of this width, are compared with those of the reference ops in fp32 on the CPU, and the loss of the
+step as it will be timed with that of the method run eagerly on the same batch.
 
 Rows go to benchmarks/results/throughput.jsonl.
 """
@@ -23,6 +23,7 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import gc
 import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -63,6 +64,7 @@ from fastmim.models.mae_decoder import DecoderConfig
 from fastmim.models.vit import ViTConfig
 from fastmim.views import Batch
 
+CHECK_DEPTH = 2  # blocks of an encoder are alike: twelve would take a CPU six times as long
 KNEE = 0.97  # the knee is the smallest batch that reaches this share of the best rate
 STEP_OF_FIT = 32  # images
 FILLED = 0.92  # of the memory that is free; the allocator wastes some
@@ -215,7 +217,9 @@ def sentence(row: dict[str, Any]) -> str:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_work(p)
-    p.add_argument("--method", choices=METHODS, default="mae")
+    p.add_argument(
+        "--method", choices=METHODS, nargs="+", default=["mae"], help="one after another, each by itself"
+    )
     p.add_argument(
         "--sweep",
         choices=["batch"],
@@ -223,7 +227,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--fit", action="store_true", help="a smaller batch where this one wants too much memory")
     p.add_argument(
-        "--warm", action="store_true", help="one step, which compiles; nothing is checked or timed"
+        "--warm",
+        action="store_true",
+        help="a step of two blocks, which compiles; nothing is checked or timed",
     )
     p.add_argument("--compile", action="store_true", help="the method under torch.compile")
     p.add_argument("--data", type=Path, help="folder of images to read and decode, instead of synthetic ones")
@@ -336,19 +342,42 @@ def main(command: Sequence[str] | None = None) -> int:
         p.error(f"want batch, warmup and steps of 1 or more, got {a.batch}, {a.warmup}, {a.steps}")
     if sum((a.data is not None, a.sweep is not None, a.fit)) > 1:
         p.error("want one of --data, --sweep and --fit, got more")
-    env = environment()
+    done = [one_method(argparse.Namespace(**vars(a) | {"method": name})) for name in a.method]
+    return 0 if all(done) else 1
+
+
+def built(config: MethodConfig, model: ViTConfig) -> Method:
+    """The method alone on this rank: the engines give it theirs."""
     torch.manual_seed(0)
-    config, model = configured(a, a.method)
     method = config.build(model)
-    method.share(Ranks.single())  # for the check; the DeepSpeed engine has its own
-    few = synthetic(method, model.channels, check_images(method), "cpu")
-    errors = {} if a.warm else check_method(method, few, a.precision)
+    method.share(Ranks.single())
+    return method
+
+
+def shallow_of(model: ViTConfig) -> ViTConfig:
+    return replace(model, depth=min(CHECK_DEPTH, model.depth))
+
+
+def checked(config: MethodConfig, model: ViTConfig, precision: str) -> tuple[Method, dict[str, float]]:
+    """The method, and how far loss and gradients of a shallow one are from the CPU's. Raises WrongLoss."""
+    shallow = built(config, shallow_of(model))
+    images = synthetic(shallow, model.channels, check_images(shallow), "cpu")
+    errors = check_method(shallow, images, precision)
+    return built(config, model), errors
+
+
+def one_method(a: argparse.Namespace) -> bool:
+    """Check it, time it, write its rows; whether there are any. WrongLoss before anything is timed."""
+    env = environment()
+    config, model = configured(a, a.method)
+    if a.warm:
+        method, shallow = built(config, shallow_of(model)), shallow_of(model)
+        step(make_engine(method, config, shallow, a), synthetic(method, model.channels, a.batch))
+        return True
+    method, errors = checked(config, model, a.precision)
     if a.compile:
         method.compile(dynamic=False)
     engine = make_engine(method, config, model, a)
-    if a.warm:
-        step(engine, synthetic(method, model.channels, a.batch))
-        return 0
     why_batch = None
     if a.fit:
         a.batch, why_batch = fitting(engine, method, model.channels, a.batch)
@@ -372,7 +401,9 @@ def main(command: Sequence[str] | None = None) -> int:
         found.append((batch, row["images_per_s"]))
     if a.sweep and found:
         print(f"knee at batch {knee(found)}; {row.get('failed', f'stopped at {batch}: nothing was gained')}")
-    return 0 if found else 1
+    del engine, method
+    gc.collect()  # the next one has all memory
+    return bool(found)
 
 
 def one_batch(engine: Engine, method: Method, batch: int, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -27,7 +27,11 @@ ASKED = (
     ("c++", "--version"),
     ("compute-sanitizer", "--version"),
 )
-SMALL = "--batch 32 --engine plain --warm"
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+}  # twelve jobs with sixteen each are slower than one
+SMALL = "--batch 16 --engine plain --warm"
 
 
 def machine() -> Iterator[str]:
@@ -68,8 +72,9 @@ class Pool:
             rows = ["--results", str(self.scratch)] if command[0] == "-m" else []
             with path.open("wb") as said:
                 process = subprocess.Popen(
-                    [sys.executable, *command, *rows], cwd=ROOT, stdout=said, stderr=said
-                )
+                    [sys.executable, *command, *rows],
+                    cwd=ROOT, stdout=said, stderr=said, env=os.environ | ONE_THREAD,
+                )  # fmt: skip
             self.running[name] = (process, time.monotonic(), path)
 
     def ended(self) -> Iterator[tuple[str, int, float, str]]:
