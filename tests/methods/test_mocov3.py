@@ -101,7 +101,7 @@ def test_the_projection_of_patches_stays_as_it_was_drawn(freeze):
 
 
 def test_keys_come_from_the_weights_of_the_step_before():
-    """An average that moves behind a step has the weights that the released one takes in front of the next."""
+    """One that moves behind a step has the weights that the released one takes in front of the next."""
     method = make()
     assert method.momentum(0.0) == 0.99 and method.momentum(1.0) == 1.0
     assert method.momentum(0.5) == pytest.approx(0.995)
