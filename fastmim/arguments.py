@@ -28,9 +28,10 @@ import tyro
 from fastmim.engine.config import Run
 from fastmim.flags import field_of, is_on, value_of, with_absolute_paths, without
 from fastmim.methods import METHODS
+from fastmim.methods.base import MethodConfig
 from fastmim.methods.variants import Variant
 from fastmim.models import VITS, resized
-from fastmim.recipes import METHOD_RECIPES, SCALES, varied
+from fastmim.recipes import RECIPES, SCALES, varied
 
 DEFAULT_METHOD = "mae"
 VARIANT_NAMES = tuple(sorted({name for method in METHODS.values() for name in method.variants}))
@@ -48,8 +49,8 @@ class Command:
     """
 
     run: Annotated[Run, tyro.conf.arg(name="")]
-    method: Literal[tuple(METHOD_RECIPES)] = DEFAULT_METHOD  # type: ignore[valid-type]
-    """What to train; its own choices are --method.* below"""
+    method: Literal[tuple(RECIPES)] = DEFAULT_METHOD  # type: ignore[valid-type]
+    """What to train; its own choices are --method.* below. The last four are tokenizers, for beit and cae"""
     variant: Annotated[Literal[VARIANT_NAMES] | None, tyro.conf.arg(help=VARIANT_HELP)] = None  # type: ignore[valid-type]
     model: Literal[tuple(VITS)] | None = None  # type: ignore[valid-type]
     """Encoder size (by default the recipe's); patch and image size are --model.* below"""
@@ -81,9 +82,9 @@ class Choices:
     def run(self) -> Run:
         """The run of these choices. ValueError, with the nearest known name, for one that there is not."""
         scale = SCALES[one_of(SCALES, self.recipe, "recipe")]
-        run = METHOD_RECIPES[one_of(METHOD_RECIPES, self.method, "method")]()
+        run = RECIPES[one_of(RECIPES, self.method, "method")]()
         if self.variant is not None:
-            run = varied(run, variant_of(self.method, self.variant))
+            run = varied(run, variant_of(run.method, self.variant))
         run = scale(run)
         if self.model is None:
             return run
@@ -148,11 +149,11 @@ def own_refusal(error: BaseException | None) -> ValueError | None:
 # --- what is chosen by name ---------------------------------------------------------------------------
 
 
-def variant_of(method: str, name: str) -> Variant:
-    known = METHODS[method].variants
+def variant_of(method: MethodConfig, name: str) -> Variant:
+    known = method.variants
     if not known:
-        raise ValueError(f"variant: {method} has none, got {name!r}")
-    return known[one_of(known, name, f"variant of {method}")]
+        raise ValueError(f"variant: {method.name} has none, got {name!r}")
+    return known[one_of(known, name, f"variant of {method.name}")]
 
 
 def one_of(known: Iterable[str], name: str, what: str) -> str:
@@ -216,7 +217,7 @@ def check_kept(had: Choices, field: str, got: str | None, run_dir: str) -> None:
     if got is None or got == was:
         return
     if field == "method":
-        one_of(METHOD_RECIPES, got, field)
+        one_of(RECIPES, got, field)
     elif replace(had, **{field: got}).run() == had.run():
         return
     started = f"without --{field}" if was is None else f"with {was}"

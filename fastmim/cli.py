@@ -1,6 +1,7 @@
-"""fastmim <command>: train, export, data, knn, ridge, doctor.
+"""fastmim <command>: train, tokenizer, export, data, knn, ridge, doctor.
 
 fastmim train --method rmae             what `python fastmim/train.py` does, in one process
+fastmim tokenizer train --tokenizer dvae  codes for BEiT and CAE to predict; also: dvae_large, vq, kmeans
 fastmim export RUN_DIR mae.pth          a run's weights as a checkpoint of facebookresearch/mae
 fastmim data pack SRC DST               a set as tar shards, which are read fastest (--short-side 256)
 fastmim data verify|index|stats PATH    which images are bad; index it anew; what it is like
@@ -15,6 +16,12 @@ from collections.abc import Callable
 
 def train(arguments: list[str]) -> None:
     from fastmim import train as command
+
+    command.main(arguments)
+
+
+def tokenizer(arguments: list[str]) -> None:
+    from fastmim.commands import tokenizer as command
 
     command.main(arguments)
 
@@ -51,6 +58,7 @@ def doctor(arguments: list[str]) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
+    "tokenizer": tokenizer,
     "export": export,
     "data": data,
     "knn": knn,

@@ -8,10 +8,13 @@ other data: `imagenet` leaves it as it is.
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fastmim.engine.config import Run
 from fastmim.methods import (
+    BEiTConfig,
+    CAEConfig,
     CMAEConfig,
     CMAEHuangConfig,
     Data2VecConfig,
@@ -22,12 +25,15 @@ from fastmim.methods import (
     RMAEConfig,
     SimMIMConfig,
 )
+from fastmim.methods.tokenizers import DALLETraining, DVAETraining, KMeansTraining, VQTraining
 from fastmim.methods.variants import Variant
 from fastmim.models import VITS, resized
 from fastmim.models.mae_decoder import DecoderConfig
+from fastmim.models.vit import ViTConfig
 from fastmim.optim import OptimConfig
 
 T = TypeVar("T")
+NO_TOKENIZER = Path("TOKENIZER")  # where a file is wanted: a start without one names the flag
 
 
 def mae() -> Run:
@@ -124,6 +130,25 @@ def simmim() -> Run:
     )  # fmt: skip
 
 
+def beit() -> Run:
+    """BEiT ViT-B/16, 800 epochs (arXiv:2106.08254); 300 for its row in Table 1 of arXiv:2208.04164.
+
+    deepspeed fastmim/train.py --method beit --data.path IMAGENET/train --method.tokenizer RUN_DIR
+    Expected: 83.2 % after fine-tuning. About 1.8 times the arithmetic of MAE, and the tokenizer's. RUN_DIR is
+    of `fastmim tokenizer train`, or a file with DALL-E's encoder.
+    """
+    return Run(
+        method=BEiTConfig(tokenizer=NO_TOKENIZER, mask_ratio=75 / 196),
+        model=replace(VITS["vit_base"], **BEiTConfig.encoder),
+        optim=OptimConfig(
+            blr=1.875e-4,  # 1.5e-3 at 2,048 images
+            min_lr=1e-5, schedule="beit", warmup_epochs=10.0, betas=(0.9, 0.999), weight_decay=0.05, clip=3.0,
+        ),
+        batch=2048,
+        epochs=800.0,
+    )  # fmt: skip
+
+
 def ibot() -> Run:
     """iBOT ViT-B/16, 2 large and 10 small crops, 400 epochs, as released (arXiv:2111.07832).
 
@@ -200,6 +225,99 @@ def dino() -> Run:
         batch=1024,
         epochs=800.0,
     )  # fmt: skip
+
+
+def cae() -> Run:
+    """CAE ViT-B/16, 300 epochs (arXiv:2202.03026).
+
+    deepspeed fastmim/train.py --method cae --data.path IMAGENET/train --method.tokenizer RUN_DIR
+    Expected: 83.6 % after fine-tuning. About twice the arithmetic of MAE, and the tokenizer's. RUN_DIR is of
+    `fastmim tokenizer train`, or a file with DALL-E's encoder.
+    """
+    return Run(
+        method=CAEConfig(tokenizer=NO_TOKENIZER, mask_ratio=0.5, regressor_depth=4, decoder_depth=4),
+        model=replace(VITS["vit_base"], **CAEConfig.encoder),
+        optim=OptimConfig(
+            blr=1.875e-4,  # 1.5e-3 at 2,048 images
+            min_lr=1e-5, schedule="beit", warmup_epochs=10.0, betas=(0.9, 0.999), weight_decay=0.05, clip=3.0,
+        ),
+        batch=2048,
+        epochs=300.0,
+    )  # fmt: skip
+
+
+# --- tokenizers, which beit and cae predict -----------------------------------------------------------
+
+
+def geometry(image_size: int, stride: int) -> ViTConfig:
+    """What a tokenizer takes of a `ViTConfig`: its input, and the stride as the patch."""
+    return ViTConfig(width=4, depth=1, heads=1, image_size=image_size, patch=stride)
+
+
+def dvae() -> Run:
+    """The small discrete VAE: 8,192 codes of 8 px on crops of 112 px, for ViTs of 224 px and patch 16.
+
+    fastmim tokenizer train --tokenizer dvae --data.path IMAGENET/train
+    Expected: not published for this schedule; watch psnr and perplexity in metrics.jsonl.
+    """
+    return Run(
+        method=DVAETraining(codes=8192, hidden=256, code_width=512, blocks=2),
+        model=geometry(112, 8),
+        optim=OptimConfig(
+            lr=3e-4, min_lr=1e-5, warmup_epochs=0.5, betas=(0.9, 0.999), weight_decay=1e-4, clip=1.0
+        ),
+        batch=512,
+        epochs=20.0,
+    )
+
+
+def dvae_large() -> Run:
+    """The discrete VAE of DALL-E (arXiv:2102.12092) at 112 px. Its own run: 3 M updates of 512 at 256 px.
+
+    fastmim tokenizer train --tokenizer dvae_large --data.path IMAGENET/train
+    Expected: not published for this length.
+    """
+    return Run(
+        method=DALLETraining(codes=8192, hidden=256),
+        model=geometry(112, 8),
+        optim=OptimConfig(
+            lr=1e-4, min_lr=1.25e-6, warmup_epochs=0.5, betas=(0.9, 0.999), weight_decay=1e-4, clip=1.0
+        ),
+        batch=512,
+        epochs=50.0,
+    )
+
+
+def vq() -> Run:
+    """Vector quantization with 8,192 unit codes of 32 values, as in BEiT v2's quantizer (arXiv:2208.06366).
+
+    fastmim tokenizer train --tokenizer vq --data.path IMAGENET/train
+    Expected: not published for pixels.
+    """
+    return Run(
+        method=VQTraining(codes=8192, hidden=256, code_width=32, commitment=1.0, decay=0.99),
+        model=geometry(112, 8),
+        optim=OptimConfig(
+            lr=3e-4, min_lr=1e-5, warmup_epochs=0.5, betas=(0.9, 0.99), weight_decay=1e-4, clip=1.0
+        ),
+        batch=512,
+        epochs=20.0,
+    )
+
+
+def kmeans() -> Run:
+    """Mini-batch k-means on normalized pixels: seconds, and no network.
+
+    fastmim tokenizer train --tokenizer kmeans --data.path IMAGENET/train --steps 500
+    Expected: not published.
+    """
+    return Run(
+        method=KMeansTraining(codes=8192),
+        model=geometry(112, 8),
+        optim=OptimConfig(lr=1e-3, warmup_epochs=0.1, weight_decay=0.0),
+        batch=512,
+        epochs=1.0,
+    )
 
 
 # --- variants -----------------------------------------------------------------------------------------
@@ -283,9 +401,18 @@ METHOD_RECIPES: dict[str, Callable[[], Run]] = {
     "cmae": cmae,
     "cmae_huang": cmae_huang,
     "simmim": simmim,
+    "beit": beit,
     "ibot": ibot,
     "data2vec": data2vec,
     "mocov3": mocov3,
     "dino": dino,
+    "cae": cae,
 }
+TOKENIZER_RECIPES: dict[str, Callable[[], Run]] = {
+    "dvae": dvae,
+    "dvae_large": dvae_large,
+    "vq": vq,
+    "kmeans": kmeans,
+}
+RECIPES = METHOD_RECIPES | TOKENIZER_RECIPES
 SCALES: dict[str, Callable[[Run], Run]] = {"imagenet": imagenet, "cifar10": cifar10, "sample": sample}

@@ -28,7 +28,8 @@ CUTMIX = Stream(90, 1)  # the box of CutMix, and which images are partners
 BOXES = Stream(100, 100)  # where a crop is cut, and whether it is flipped, by `Crop.box`
 WINDOWS = Stream(200, 100)  # how far a window lies below and right of its master, by `Crop.draw`
 COLORS = Stream(300, 100)  # jitter, gray, blur and solarize, by `Crop.draw`
-DROP_PATH = Stream(700, 1)  # which samples skip which branches of which blocks
+GUMBEL = Stream(600, 1)  # which codes a discrete VAE mixes
+DROP_PATH = Stream(700, 3)  # which samples skip which branches of which blocks: encoder, regressor, decoder
 
 STREAMS: dict[str, Stream] = {
     "mask": MASK,
@@ -38,6 +39,7 @@ STREAMS: dict[str, Stream] = {
     "boxes": BOXES,
     "windows": WINDOWS,
     "colors": COLORS,
+    "gumbel": GUMBEL,
     "drop path": DROP_PATH,
 }
 BLOCK_BIT = 1 << 31  # fastmim_kernels sets this bit for the coin and size of iBOT's masks: no stream has it

@@ -226,7 +226,7 @@ def check_files(run: Run) -> None:
     """ValueError for a file of a frozen module that is not there."""
     for flag, path in run.method.files().items():
         if not path.exists():
-            raise ValueError(f"method.{flag}: want the file of a frozen module, got nothing at {path}")
+            raise ValueError(f"method.{flag}: want {run.method.file_words}, got nothing at {path}")
 
 
 def place_frozen(method: Method, device: torch.device) -> None:
@@ -317,13 +317,9 @@ def describe(p: Prepared) -> None:
     """A few lines on what is about to happen."""
     run, plan, model = p.run, p.plan, p.run.model
     trained = sum(parameter.numel() for parameter in p.method.parameters() if parameter.requires_grad)
-    height, width = model.size
     lines = [
         ("method", f"{run.method.name}, {trained / 1e6:.1f} M trained parameters"),
-        (
-            "encoder",
-            f"{model.depth} blocks of width {model.width}, patch {model.patch}, {height} x {width} px",
-        ),
+        ("encoder", run.method.words(model)),
         ("data", f"{len(p.images)} images in {p.images.root}, decoder {run.data.decoder}"),
         *([("left out", str(p.images.left_out))] if p.images.left_out else []),
         *cache_line(p),
@@ -359,11 +355,15 @@ def cache_line(p: Prepared) -> list[tuple[str, str]]:
 def write_results(run: Run, run_dir: Path, state: dict[str, Tensor], batch: Batch) -> None:
     """The weights, the encoder alone, and the pictures, on one rank, from whole fp32 weights."""
     method = run.method.build(replace(run.model, attention="auto"))  # in fp32, which xformers may not serve
-    metadata = encoder_metadata(run.model, architecture_of(method.encoder))
-    save_file(to_timm(state), run_dir / "encoder.safetensors", metadata=metadata)
+    metadata = {"format": "pt"}
+    if hasattr(method, "encoder"):
+        metadata = encoder_metadata(run.model, architecture_of(method.encoder))
+        save_file(to_timm(state), run_dir / "encoder.safetensors", metadata=metadata)
     save_file(to_file(state), run_dir / "model.safetensors", metadata=metadata)
     draw_loss(run_dir / "metrics.jsonl", run_dir / "loss.png")
     method.load_state_dict(state)
+    for name, (tensors, about) in method.exports().items():
+        save_file(tensors, run_dir / name, metadata=about)
     place_frozen(method, batch.seeds_B.device)
     picture = method.to(batch.seeds_B.device).eval().reconstruct(batch)
     if picture is not None:

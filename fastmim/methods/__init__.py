@@ -3,6 +3,8 @@
 from dataclasses import replace
 
 from fastmim.methods.base import MethodConfig
+from fastmim.methods.beit import BEiTConfig
+from fastmim.methods.cae import CAEConfig
 from fastmim.methods.cmae import CMAEConfig
 from fastmim.methods.cmae_huang import CMAEHuangConfig
 from fastmim.methods.data2vec import Data2VecConfig
@@ -20,10 +22,12 @@ METHODS: dict[str, type[MethodConfig]] = {
     "cmae": CMAEConfig,  # Kong & Zhang, arXiv:2208.04164
     "cmae_huang": CMAEHuangConfig,  # Huang et al., arXiv:2207.13532
     "simmim": SimMIMConfig,  # Xie et al., arXiv:2111.09886
+    "beit": BEiTConfig,  # Bao et al., arXiv:2106.08254
     "ibot": IBOTConfig,  # Zhou et al., arXiv:2111.07832
     "data2vec": Data2VecConfig,  # Baevski et al., arXiv:2202.03555
     "mocov3": MoCoV3Config,  # Chen et al., arXiv:2104.02057
     "dino": DINOConfig,  # Caron et al., arXiv:2104.14294
+    "cae": CAEConfig,  # Chen et al., arXiv:2202.03026
 }
 
 

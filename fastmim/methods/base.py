@@ -46,11 +46,17 @@ class MethodConfig:
     couples_batch: ClassVar[bool] = False  # whether the loss of an image depends on the others beside it
     variants: ClassVar[Mapping[str, Variant]] = {}  # other rows of the paper's tables: --variant
     scales: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # by --recipe: fields that it changes beside sizes
+    file_words: ClassVar[str] = "the file of a frozen module"  # what `files` are, for a person
     encoder: ClassVar[Mapping[str, Any]] = {}  # fields of `ViTConfig` beside sizes, as the paper has them
 
     def files(self) -> Mapping[str, Path]:
         """Files of frozen modules, as a tokenizer's, by flag; the engine asks first if they are there."""
         return {}
+
+    def words(self, model: ViTConfig) -> str:
+        """What is trained, for a person."""
+        height, width = model.size
+        return f"{model.depth} blocks of width {model.width}, patch {model.patch}, {height} x {width} px"
 
     def check_batch(self, micro_batch: int, ranks: int) -> None:
         """ValueError if the method cannot work on micro-batches of this many images on each of the ranks."""
@@ -100,7 +106,7 @@ class Method(nn.Module):
 
     config: MethodConfig
     model: ViTConfig
-    encoder: nn.Module  # f: what is kept when pre-training ends
+    encoder: nn.Module  # f: what is kept when pre-training ends; a tokenizer in training has none
     crops: tuple[Crop, ...]  # what it asks of the data, in this order
     ranks: AcrossRanks = ALONE  # those that share the batch, from the engine before the first step
     frozen: Mapping[
@@ -143,6 +149,10 @@ class Method(nn.Module):
         Asked about each interval's last row; the engine prints the first answer, once.
         """
         return None
+
+    def exports(self) -> Mapping[str, tuple[dict[str, Tensor], dict[str, str]]]:
+        """What is kept beside the encoder: file names, each with its tensors and what it says of them."""
+        return {}
 
     def reconstruct(self, batch: Batch) -> Reconstruction | None:
         """Predicted pixels of a batch, without gradient; None for a method that predicts none."""

@@ -7,13 +7,13 @@ Source  the center: DINO, arXiv:2104.14294, Eq. 4. Two ranks, or two micro-batch
 
 import copy
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from fastmim.models.fp32_buffers import FP32Buffers
 from fastmim.models.vit import Encoder
 from fastmim.ranks import AcrossRanks
 
@@ -33,7 +33,7 @@ def cosine_momentum(start: float, progress: float) -> float:
     return 1 - (1 - start) * (1 + math.cos(math.pi * progress)) / 2
 
 
-class Center(nn.Module):
+class Center(FP32Buffers):
     """The running mean of a teacher's logits, fp32 whatever the precision of the run."""
 
     value_K: Tensor
@@ -46,12 +46,6 @@ class Center(nn.Module):
         self.register_buffer("value_K", torch.zeros(num_codes))
         self.register_buffer("sum_K", torch.zeros(num_codes), persistent=False)
         self.register_buffer("count", torch.zeros(()), persistent=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Center":
-        super()._apply(fn, recurse)
-        for name in ("value_K", "sum_K", "count"):
-            setattr(self, name, getattr(self, name).float())
-        return self  # in bf16 a step of the average could be lost
 
     @torch.no_grad()
     def add(self, logits_UK: Tensor) -> None:

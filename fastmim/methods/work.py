@@ -56,10 +56,34 @@ class Stack:
 
 
 @dataclass(frozen=True)
+class Cross:
+    """`depth` blocks in which so many queries look at so many tokens, CAE's regressor."""
+
+    queries: int
+    tokens: int
+    width: int
+    depth: int
+
+    def linears(self) -> Iterator[Linear]:
+        D = self.width
+        shapes = (
+            (self.queries, D, D), (self.tokens, D, D), (self.tokens, D, D), (self.queries, D, D),
+            (self.queries, D, 4 * D), (self.queries, 4 * D, D),
+        )  # fmt: skip
+        for rows, n_in, n_out in shapes:
+            yield Linear(rows, n_in, n_out, self.depth)
+
+    @property
+    def attention_flops(self) -> int:
+        """Forward and backward."""
+        return 3 * 4 * self.width * self.queries * self.tokens * self.depth
+
+
+@dataclass(frozen=True)
 class Work:
     """All the products of one image's step."""
 
-    stacks: tuple[Stack, ...]
+    stacks: tuple[Stack | Cross, ...]
     others: tuple[Linear, ...]
 
     def linears(self) -> Iterator[Linear]:

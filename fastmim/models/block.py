@@ -17,11 +17,12 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from fastmim_kernels import add_layer_norm, bias_gelu
+from fastmim_kernels import add_layer_norm, bias_gelu, draw_uniform
 from fastmim_kernels.attention import Backend, attention
 from torch import Tensor, nn
 
 from fastmim.models.embed import Grid, num_offsets, relative_bias
+from fastmim.streams import DROP_PATH
 
 NORM_EPS = 1e-6
 QKVBias = Literal["qkv", "qv", "none"]
@@ -172,6 +173,30 @@ class Block(nn.Module):
         return x_BTD, Branch(self.mlp(normed_BTD), gamma_2, keep2)
 
 
+def drop_path_keeps(
+    seeds_B: Tensor | None, drop_path: float, depth: int, lengths: tuple[int, ...], *, network: int = 0
+) -> list[Tensor | None]:
+    """What each of `depth` blocks keeps of its two branches: factors of each token, `[2, B, T]` fp32, or None.
+
+    Each sample has a draw of its own in each segment of these lengths and in each network of a method.
+    Probabilities rise in equal steps from 0 at the first block to `drop_path` at the last. ValueError without
+    seeds to draw from.
+    """
+    if drop_path == 0:
+        return [None] * depth
+    if seeds_B is None:
+        raise ValueError("want the seeds of the samples in training, to draw drop path from, got none")
+    S = len(lengths)
+    uniform = draw_uniform(seeds_B, 2 * depth * S, DROP_PATH.of(network)).view(-1, depth, 2, S)
+    keeps: list[Tensor | None] = []
+    for i, drawn_2BS in enumerate(uniform.permute(1, 2, 0, 3)):
+        p = drop_path * i / max(depth - 1, 1)
+        kept_2BS = (drawn_2BS >= p).float() / (1 - p)
+        runs = [one.expand(-1, -1, n) for one, n in zip(kept_2BS.split(1, 2), lengths, strict=True)]
+        keeps.append(torch.cat(runs, dim=2) if p else None)
+    return keeps
+
+
 class CrossAttention(nn.Module):
     """Multi-head attention of T queries to S tokens; no bias of the keys, which would change no softmax."""
 
@@ -194,7 +219,7 @@ class CrossAttention(nn.Module):
 class CrossBlock(nn.Module):
     """CAE's regressor block: queries of one length look at tokens of another.
 
-    x = q + gamma1 CA(LN(q + pos_q), LN(s + pos_s), LN s);  x = LN x;  x = x + gamma2 MLP(x)
+    x = q + keep gamma1 CA(LN(q + pos_q), LN(s + pos_s), LN s);  x = LN x;  x = x + keep gamma2 MLP(x)
 
     The norm before the MLP is not within the residual: the stream goes on normalized.
     """
@@ -209,10 +234,18 @@ class CrossBlock(nn.Module):
         if layer_scale:
             self.gamma_1, self.gamma_2 = (nn.Parameter(torch.full((width,), layer_scale)) for _ in range(2))
 
-    def forward(self, q_BTD: Tensor, tokens_BSD: Tensor, pos_BTD: Tensor, pos_BSD: Tensor) -> Tensor:
+    def forward(
+        self,
+        q_BTD: Tensor,
+        tokens_BSD: Tensor,
+        pos_BTD: Tensor,
+        pos_BSD: Tensor,
+        keep_2BT: Tensor | None = None,
+    ) -> Tensor:
         """`[B, T, D]` queries and `[B, S, D]` tokens with their positions to `[B, T, D]`."""
+        keep1, keep2 = (None, None) if keep_2BT is None else keep_2BT.unbind(0)
         looked = self.attn(
             self.norm_q(q_BTD + pos_BTD), self.norm_k(tokens_BSD + pos_BSD), self.norm_v(tokens_BSD)
         )
-        x_BTD, _ = self.norm(q_BTD, Branch(looked, self.gamma_1))
-        return Branch(self.mlp(x_BTD), self.gamma_2).added_to(x_BTD)
+        x_BTD, _ = self.norm(q_BTD, Branch(looked, self.gamma_1, keep1))
+        return Branch(self.mlp(x_BTD), self.gamma_2, keep2).added_to(x_BTD)

@@ -11,7 +11,7 @@ Shapes  rows R are all dimensions before the last: `[B, D]` or `[B, N, D]`; C ch
 Dtypes  output in the input's dtype; statistics, their running averages and all sums in fp32.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastmim.models.block import LinearFP32, LinearGELU
+from fastmim.models.fp32_buffers import FP32Buffers
 from fastmim.models.init import init_linear, normal_linear, truncated_normal
 from fastmim.ranks import ALONE, AcrossRanks
 
@@ -96,7 +97,7 @@ def beit_linear(n_in: int, n_out: int) -> nn.Linear:
     return linear
 
 
-class BatchNorm(nn.Module):
+class BatchNorm(FP32Buffers):
     """Batch norm of `[..., C]` over the rows of all ranks in training, by running averages in evaluation.
 
     Every rank of `ranks` must come here with as many rows. The gradient of weight and bias is this rank's
@@ -116,11 +117,6 @@ class BatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BatchNorm":
-        super()._apply(fn, recurse)
-        self.running_mean, self.running_var = self.running_mean.float(), self.running_var.float()
-        return self  # in bf16 a step of the averages could be lost
 
     def forward(self, x: Tensor) -> Tensor:
         """ValueError for one row alone: it has no variance."""

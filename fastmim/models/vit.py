@@ -18,15 +18,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from fastmim_kernels import draw_uniform, restore_tokens
+from fastmim_kernels import restore_tokens
 from fastmim_kernels.attention import Backend
 from torch import Tensor, nn
 
-from fastmim.models.block import AddNorm, Bias, Block, QKVBias
+from fastmim.models.block import AddNorm, Bias, Block, QKVBias, drop_path_keeps
 from fastmim.models.embed import MARGIN, Grid, PatchEmbed, RelativePositionBias, resize_positions, sincos_2d
 from fastmim.models.init import INITS, Init
 from fastmim.models.tokens import Encoded, Tokens, every_patch, runs_of, token_sources
-from fastmim.streams import DROP_PATH
 
 Positions = Literal["sincos", "learned", "relative", "relative_per_block"]
 PIXEL_STATISTICS = {  # mean, std of ImageNet; of its gray version for one channel
@@ -249,24 +248,9 @@ class Encoder(nn.Module):
 
         Each sample has a draw of its own in each segment. Probabilities rise from 0 at the first block.
         """
-        c, depth = self.config, self.config.depth
-        if not self.training or c.drop_path == 0:
-            return [None] * depth
-        if seeds_B is None:
-            raise ValueError("want the seeds of the samples in training, to draw drop path from, got none")
-        S = len(lengths)
-        uniform = (
-            draw_uniform(seeds_B, 2 * depth * S, DROP_PATH.of()).view(-1, depth, 2, S).permute(1, 2, 0, 3)
-        )
-        keeps: list[Tensor | None] = []
-        for i, drawn_2BS in enumerate(uniform):
-            p = c.drop_path * i / max(depth - 1, 1)
-            kept_2BS = (drawn_2BS >= p).float() / (1 - p)
-            runs = [
-                kept_2B1.expand(-1, -1, n) for kept_2B1, n in zip(kept_2BS.split(1, 2), lengths, strict=True)
-            ]
-            keeps.append(torch.cat(runs, dim=2) if p else None)
-        return keeps
+        if not self.training:
+            return [None] * self.config.depth
+        return drop_path_keeps(seeds_B, self.config.drop_path, self.config.depth, lengths)
 
     # --- tokens of the inputs -------------------------------------------------------------------------
 

@@ -16,6 +16,8 @@ from benchmarks.op_facts import Op
 from benchmarks.provenance import ROOT
 from fastmim.methods import (
     METHODS,
+    BEiTConfig,
+    CAEConfig,
     CMAEConfig,
     CMAEHuangConfig,
     Data2VecConfig,
@@ -30,6 +32,7 @@ from fastmim.methods import (
 from fastmim.methods.base import MethodConfig
 from fastmim.methods.cmae_huang import checked_num_seen
 from fastmim.methods.codes import LARGE
+from fastmim.methods.masking import hidden_count
 from fastmim.models import VITS
 from fastmim.models.mae_decoder import DecoderConfig
 from fastmim.models.vit import ViTConfig
@@ -73,8 +76,11 @@ def left_out(method: MethodConfig, model: ViTConfig) -> int:
         codes = method.bottleneck * method.out
         head = sum(n_in * n_out for n_in, n_out in pairwise(widths))
         return 6 * rows * head + 2 * rows * codes - 2 * codes // BATCH  # and the mean point of a batch
-    if isinstance(method, DINOConfig | Data2VecConfig | MoCoV3Config):
+    if isinstance(method, DINOConfig | Data2VecConfig | MoCoV3Config | BEiTConfig):
         return 0
+    if isinstance(method, CAEConfig):  # each half is embedded by itself, once with a gradient
+        hidden = hidden_count("", model, method.mask_ratio)
+        return 4 * hidden * P * D + 2 * (N - hidden) * P * D
     d = method.decoder.width
     if isinstance(method, CMAEHuangConfig):
         seen = checked_num_seen(method, model)

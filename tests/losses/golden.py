@@ -41,7 +41,7 @@ def losses(method_name: str) -> list[float]:
     config = METHODS[method_name]()
     small = {
         "decoder": DecoderConfig(width=48, depth=2, heads=3), "hidden": 128, "out": 48, "bottleneck": 48,
-        "mask_unit": 16, "local_size": 24,
+        "mask_unit": 16, "local_size": 24, "codes": 64,
     }  # fmt: skip
     config = replace(config, **{name: size for name, size in small.items() if hasattr(config, name)})
     method = config.build(model)

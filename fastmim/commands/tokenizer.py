@@ -1,0 +1,35 @@
+"""`fastmim tokenizer train`: `fastmim train` for what BEiT and CAE predict.
+
+`deepspeed fastmim/train.py --method dvae` is the same on several ranks.
+"""
+
+import sys
+
+USAGE = """usage: fastmim tokenizer train --tokenizer dvae|dvae_large|vq|kmeans [flags of fastmim train]
+
+What is kept is RUN_DIR/tokenizer.safetensors; `--method.tokenizer RUN_DIR` hands it to beit and cae.
+`fastmim train --method dvae --help` lists all flags."""
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return
+    if arguments[0] != "train":
+        print(f"fastmim: error: tokenizer: want train, got {arguments[0]!r}\n{USAGE}", file=sys.stderr)
+        sys.exit(2)
+    from fastmim import train as command
+    from fastmim.flags import value_of, without
+    from fastmim.methods.tokenizers import TRAININGS
+
+    given = arguments[1:]
+    kind = value_of(given, "tokenizer")
+    resumes = any(argument == "--resume" for argument in given)
+    if kind is None and not resumes:
+        print(f"fastmim: error: tokenizer: want --tokenizer {'|'.join(TRAININGS)}, got none", file=sys.stderr)
+        sys.exit(2)
+    if kind is not None and kind not in TRAININGS:
+        print(f"fastmim: error: tokenizer: want one of {', '.join(TRAININGS)}, got {kind!r}", file=sys.stderr)
+        sys.exit(2)
+    chosen = [] if kind is None else ["--method", kind]
+    command.main([*chosen, *without(given, {"tokenizer"})])

@@ -1,0 +1,176 @@
+"""CAE: what a regressor says of hidden patches must be what the encoder says of them, and decode to tokens.
+
+    T   T1(x) hides 98 of 196 patches in blocks, exactly; T2(x) is those 98; a tokenizer sees the same box
+    f   the encoder, on visible patches alone; z' = f(T2(x)) is its own, without a gradient
+    h   regressor: 4 cross-attention blocks, queries at hidden patches look at visible ones and at themselves
+    g   decoder: 4 blocks on z, what h says, and its positions, one linear layer to K logits
+    M   cross entropy of g(z) with the codes + 2 mean (z - z')^2, over hidden patches
+
+Source  Chen et al., arXiv:2202.03026; Atten4Vis/CAE. In the words of arXiv:2208.04164 both branches are f,
+        and the tokenizer is a second one. The class token is encoded and looked at by nobody.
+Decay   none for the class token.
+Shapes  B images, N patches, V visible and L hidden ones, D width, K codes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from fastmim_kernels import block_mask, split_mask
+from torch import Tensor, nn
+
+from fastmim.group import Group
+from fastmim.methods.base import Output, Reconstruction
+from fastmim.methods.health import collapse, health
+from fastmim.methods.masking import check_ratio, hidden_count
+from fastmim.methods.tokens import TokensConfig, TokensMethod, token_loss
+from fastmim.methods.work import Cross, Linear, Stack, Work
+from fastmim.models.block import NORM_EPS, AddNorm, Block, Branch, CrossBlock, drop_path_keeps
+from fastmim.models.init import init_linear, truncated_normal
+from fastmim.models.tokens import Tokens
+from fastmim.models.vit import Encoder, ViTConfig
+from fastmim.streams import MASK
+from fastmim.views import Batch
+
+REGRESSOR, DECODER = 1, 2  # networks that drop paths, beside the encoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class CAEConfig(TokensConfig):
+    """CAE (arXiv:2202.03026)."""
+
+    name: ClassVar[str] = "cae"
+    encoder: ClassVar = {"layer_scale": 0.1, "drop_path": 0.1, "qkv_bias": "qv", "init": "cae"}
+    mask_ratio: float = 0.5
+    """Fraction of the patches that blocks hide, exactly"""
+    regressor_depth: int = 4
+    """Cross-attention blocks from visible to hidden patches"""
+    decoder_depth: int = 4
+    """Blocks between the regressor and the logits"""
+    align_weight: float = 2.0
+    """Weight of the squared distance to the encoder's own output"""
+
+    def __post_init__(self) -> None:
+        check_ratio("method.mask-ratio", self.mask_ratio)
+        if min(self.regressor_depth, self.decoder_depth) < 1 or self.align_weight < 0 or self.codes < 2:
+            raise ValueError(
+                "method.regressor-depth, method.decoder-depth, method.align-weight, method.codes: want at "
+                "least 1 twice, 0 or more, and at least 2, got "
+                f"{self.regressor_depth}, {self.decoder_depth}, {self.align_weight}, {self.codes}"
+            )
+
+    def work(self, model: ViTConfig) -> Work:
+        """The encoder on both halves, once without a gradient; the tokenizer is not counted."""
+        N, P, D = model.num_patches, model.patch_values, model.width
+        L = hidden_count("method.mask-ratio", model, self.mask_ratio)
+        return Work(
+            stacks=(
+                Stack((1 + N - L,), D, model.depth),
+                Stack((1 + L,), D, model.depth, trained=False),
+                Cross(L, N, D, self.regressor_depth),
+                Stack((L,), D, self.decoder_depth),
+            ),
+            others=(
+                Linear(N, P, D, input_gradient=False),
+                Linear(N, P, D, trained=False),
+                Linear(L, D, self.codes),
+            ),
+        )
+
+    def build(self, model: ViTConfig) -> "CAE":
+        return CAE(self, model)
+
+
+class CAE(TokensMethod):
+    config: CAEConfig
+    encoder: Encoder
+
+    def __init__(self, config: CAEConfig, model: ViTConfig):
+        super().__init__(config, model, color=None)
+        if model.positions not in ("sincos", "learned"):
+            raise ValueError(f"model.positions: want sincos or learned for queries, got {model.positions}")
+        self.num_hidden = hidden_count("method.mask-ratio", model, config.mask_ratio)
+        D, c = model.width, model
+        self.encoder = Encoder(model)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, D))
+        self.regressor = nn.ModuleList(
+            CrossBlock(D, c.heads, c.attention, layer_scale=c.layer_scale)
+            for _ in range(config.regressor_depth)
+        )
+        self.regressor_norm = nn.LayerNorm(D, eps=NORM_EPS)
+        self.decoder = nn.ModuleList(
+            Block(D, c.heads, c.attention, qkv_bias=c.qkv_bias, layer_scale=c.layer_scale)
+            for _ in range(config.decoder_depth)
+        )
+        self.decoder_norm = AddNorm(D)
+        self.head = nn.Linear(D, self.num_codes)
+        for module in (self.regressor, self.decoder, self.head):
+            module.apply(init_linear)
+        truncated_normal(self.mask_token)
+
+    def group(self, name: str, parameter: nn.Parameter) -> Group:
+        return Group(decay=False) if name.endswith(("cls_token", "pos_embed")) else Group()
+
+    def split(self, seeds_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Visible and hidden patches, ascending. `[B, V]` and `[B, L]` int64."""
+        hidden_BN = block_mask(seeds_B, self.model.grid, self.num_hidden, exact=True, stream=MASK.of())
+        return split_mask(hidden_BN, self.num_hidden)
+
+    def forward(self, batch: Batch) -> Output:
+        image_BHWC, small_BHWC = batch.crops
+        seeds_B, (seen_BV, hidden_BL) = batch.seeds_B, self.split(batch.seeds_B)
+        with torch.no_grad():
+            target_BLD = self.encoder(Tokens(image_BHWC, hidden_BL), seeds_B=seeds_B).tokens_BTD[:, 1:]
+        visible_BVD = self.encoder(Tokens(image_BHWC, seen_BV), seeds_B=seeds_B).tokens_BTD[:, 1:]
+        z_BLD = self.regress(visible_BVD, seen_BV, hidden_BL, seeds_B)
+        logits_BLK = self.decode(z_BLD, hidden_BL, seeds_B)
+        token_BL = self.tokens(small_BHWC).gather(1, hidden_BL)
+        token, metrics = token_loss(logits_BLK, token_BL, None, self.ranks)
+        align = (z_BLD.float() - target_BLD.float()).square().mean()
+        metrics |= {"token_loss": token.detach(), "align_loss": align.detach()}
+        healthy = health(z_BLD.detach(), target_BLD)
+        return Output(token + self.config.align_weight * align, metrics | healthy)
+
+    def positions(self, index_BK: Tensor) -> Tensor:
+        """The positions of these patches. `[B, K, D]`."""
+        pos_TD = self.encoder.positions(self.model.grid)
+        assert pos_TD is not None
+        return pos_TD[1:][index_BK]
+
+    def keeps(self, seeds_B: Tensor | None, depth: int, length: int, network: int) -> list[Tensor | None]:
+        p = self.model.drop_path if self.training else 0.0
+        return drop_path_keeps(seeds_B, p, depth, (length,), network=network)
+
+    def regress(
+        self, visible_BVD: Tensor, seen_BV: Tensor, hidden_BL: Tensor, seeds_B: Tensor | None = None
+    ) -> Tensor:
+        """What is foreseen of the encoder's output at hidden patches. `[B, L, D]`."""
+        pos_BLD, pos_BVD = self.positions(hidden_BL), self.positions(seen_BV)
+        pos_BND = torch.cat([pos_BVD, pos_BLD], dim=1)
+        q_BLD = self.mask_token.expand(len(visible_BVD), self.num_hidden, -1)
+        keeps = self.keeps(seeds_B, len(self.regressor), self.num_hidden, REGRESSOR)
+        for block, keep_2BL in zip(self.regressor, keeps, strict=True):
+            q_BLD = block(q_BLD, torch.cat([visible_BVD, q_BLD], dim=1), pos_BLD, pos_BND, keep_2BL)
+        return self.regressor_norm(q_BLD)
+
+    def decode(self, z_BLD: Tensor, hidden_BL: Tensor, seeds_B: Tensor | None = None) -> Tensor:
+        """Logits of the codes at hidden patches. `[B, L, K]`."""
+        x_BLD, branch = z_BLD + self.positions(hidden_BL), None
+        keeps = self.keeps(seeds_B, len(self.decoder), self.num_hidden, DECODER)
+        for block, keep_2BL in zip(self.decoder, keeps, strict=True):
+            x_BLD, branch = block(x_BLD, branch, keep_2BT=keep_2BL)
+        assert isinstance(branch, Branch)
+        return self.head(self.decoder_norm(x_BLD, branch)[0])
+
+    @torch.no_grad()
+    def reconstruct(self, batch: Batch) -> Reconstruction | None:
+        image_BHWC, small_BHWC = batch.crops
+        seen_BV, hidden_BL = self.split(batch.seeds_B)
+        visible_BVD = self.encoder(Tokens(image_BHWC, seen_BV)).tokens_BTD[:, 1:]
+        guess_BL = self.decode(self.regress(visible_BVD, seen_BV, hidden_BL), hidden_BL).argmax(-1)
+        token_BN = self.tokens(small_BHWC).scatter(1, hidden_BL, guess_BL)
+        return self.drawn(image_BHWC, seen_BV, token_BN)
+
+    def diagnose(self, row: Mapping[str, float]) -> str | None:
+        return collapse(row, self.remedies())
