@@ -118,34 +118,35 @@ def plain_name(name: str) -> str:
 
 
 @torch.library.custom_op("fastmim_benchmarks::attention_other", mutates_args=())
-def _other(q: Tensor, k: Tensor, v: Tensor, segments: list[int]) -> Tensor:
+def _other(q: Tensor, k: Tensor, v: Tensor, segments: list[int], keys: list[int]) -> Tensor:
     raise NotImplementedError("attention_other stands for kernels of other libraries in a trace")
 
 
 @_other.register_fake
-def _(q, k, v, segments):
+def _(q, k, v, segments, keys):
     return q.new_empty(q.shape)
 
 
 @torch.library.custom_op("fastmim_benchmarks::attention_other_backward", mutates_args=())
 def _other_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, segments: list[int]
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, segments: list[int], keys: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     raise NotImplementedError("attention_other stands for kernels of other libraries in a trace")
 
 
 @_other_backward.register_fake
-def _(dout, q, k, v, out, segments):
-    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+def _(dout, q, k, v, out, segments, keys):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx: Any, inputs: Any, output: Tensor) -> None:
-    q, k, v, ctx.segments = inputs
+    q, k, v, *ctx.segments = inputs
     ctx.save_for_backward(q, k, v, output)
 
 
 _other.register_autograd(
-    lambda ctx, dout: (*_other_backward(dout, *ctx.saved_tensors, ctx.segments), None), setup_context=_save
+    lambda ctx, dout: (*_other_backward(dout, *ctx.saved_tensors, *ctx.segments), None, None),
+    setup_context=_save,
 )
 
 
@@ -155,14 +156,24 @@ def attention_that_serves() -> Iterator[None]:
     real: Callable[..., Tensor] = block.attention
 
     def attention(
-        q: Tensor, k: Tensor, v: Tensor, *, segments: Any = None, bias: Any = None, backend: Any = None
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        segments: Any = None,
+        key_segments: Any = None,
+        bias: Any = None,
+        backend: Any = None,
     ) -> Tensor:
         lengths = (q.shape[1],) if segments is None else tuple(segments)
+        if key_segments not in (None, lengths):
+            assert bias is None
+            return _other(q, k, v, list(lengths), list(key_segments))
         if bias is not None:
             return real(q, k, v, segments=segments, bias=bias, backend="tile")
         if why_no_tile(lengths, q.shape[3], q.dtype, "cuda") is None:
             return real(q, k, v, segments=segments, backend="tile")
-        return _other(q, k, v, list(lengths))
+        return _other(q, k, v, list(lengths), list(lengths))
 
     with patch.object(block, "attention", attention):
         yield

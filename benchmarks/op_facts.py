@@ -121,7 +121,9 @@ def memory(x: Tensor) -> int:
 def attention_work(q: Tensor, args: Any, backward: bool) -> tuple[int, int]:
     """FLOP by definition, and the logits that tiles of the kernels hold."""
     B, T, H, d = q.shape
-    segments = next((a for a in args if isinstance(a, (list, tuple))), (T,))
-    flops = 4 * B * H * d * sum(n * n for n in segments) * (2 if backward else 1)
+    segments, *rest = [a for a in args if isinstance(a, (list, tuple))] or [(T,)]
+    keys = rest[0] if rest and len(rest[0]) == len(segments) else segments
+    pairs = list(zip(segments, keys, strict=True))
+    flops = 4 * B * H * d * sum(n * m for n, m in pairs) * (2 if backward else 1)
     up, across = PADDING
-    return flops, B * H * sum(-(-n // up) * up * (-(-n // across) * across) for n in segments)
+    return flops, B * H * sum(-(-n // up) * up * (-(-m // across) * across) for n, m in pairs)

@@ -26,7 +26,7 @@ from fastmim.methods.health import collapse, health
 from fastmim.methods.masking import check_ratio, hidden_count
 from fastmim.methods.tokens import TokensConfig, TokensMethod, token_loss
 from fastmim.methods.work import Cross, Linear, Stack, Work
-from fastmim.models.block import NORM_EPS, AddNorm, Block, Branch, CrossBlock, drop_path_keeps
+from fastmim.models.block import NORM_EPS, AddNorm, Block, CrossBlock, drop_path_keeps
 from fastmim.models.init import init_linear, truncated_normal
 from fastmim.models.tokens import Tokens
 from fastmim.models.vit import Encoder, ViTConfig
@@ -82,6 +82,56 @@ class CAEConfig(TokensConfig):
         return CAE(self, model)
 
 
+class Regressor(nn.Module):
+    """Queries at hidden patches, each the same token at first, look at visible tokens and at themselves."""
+
+    def __init__(self, model: ViTConfig, depth: int):
+        super().__init__()
+        self.drop_path, D = model.drop_path, model.width
+        self.query_token = nn.Parameter(torch.empty(1, 1, D))
+        self.blocks = nn.ModuleList(
+            CrossBlock(D, model.heads, model.attention, layer_scale=model.layer_scale) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(D, eps=NORM_EPS)
+        self.apply(init_linear)
+        truncated_normal(self.query_token)
+
+    def forward(
+        self, visible_BVD: Tensor, pos_BVD: Tensor, pos_BLD: Tensor, seeds_B: Tensor | None
+    ) -> Tensor:
+        """`[B, V, D]` tokens and the positions of visible and hidden patches to `[B, L, D]`."""
+        pos_BND, (B, L, _) = torch.cat([pos_BVD, pos_BLD], dim=1), pos_BLD.shape
+        q_BLD = self.query_token.expand(B, L, -1)
+        p = self.drop_path if self.training else 0.0
+        keeps = drop_path_keeps(seeds_B, p, len(self.blocks), (L,), network=REGRESSOR)
+        for block, keep_2BL in zip(self.blocks, keeps, strict=True):
+            q_BLD = block(q_BLD, torch.cat([visible_BVD, q_BLD], dim=1), pos_BLD, pos_BND, keep_2BL)
+        return self.norm(q_BLD)
+
+
+class TokenDecoder(nn.Module):
+    """Self-attention among hidden patches, then logits of their codes."""
+
+    def __init__(self, model: ViTConfig, depth: int, codes: int):
+        super().__init__()
+        self.drop_path, D = model.drop_path, model.width
+        self.blocks = nn.ModuleList(
+            Block(D, model.heads, model.attention, qkv_bias=model.qkv_bias, layer_scale=model.layer_scale)
+            for _ in range(depth)
+        )
+        self.norm = AddNorm(D)
+        self.head = nn.Linear(D, codes)
+        self.apply(init_linear)
+
+    def forward(self, x_BLD: Tensor, seeds_B: Tensor | None) -> Tensor:
+        """`[B, L, D]` to `[B, L, K]`."""
+        p, branch = self.drop_path if self.training else 0.0, None
+        keeps = drop_path_keeps(seeds_B, p, len(self.blocks), (x_BLD.shape[1],), network=DECODER)
+        for block, keep_2BL in zip(self.blocks, keeps, strict=True):
+            x_BLD, branch = block(x_BLD, branch, keep_2BT=keep_2BL)
+        return self.head(self.norm(x_BLD, branch)[0])
+
+
 class CAE(TokensMethod):
     config: CAEConfig
     encoder: Encoder
@@ -91,23 +141,9 @@ class CAE(TokensMethod):
         if model.positions not in ("sincos", "learned"):
             raise ValueError(f"model.positions: want sincos or learned for queries, got {model.positions}")
         self.num_hidden = hidden_count("method.mask-ratio", model, config.mask_ratio)
-        D, c = model.width, model
         self.encoder = Encoder(model)
-        self.mask_token = nn.Parameter(torch.empty(1, 1, D))
-        self.regressor = nn.ModuleList(
-            CrossBlock(D, c.heads, c.attention, layer_scale=c.layer_scale)
-            for _ in range(config.regressor_depth)
-        )
-        self.regressor_norm = nn.LayerNorm(D, eps=NORM_EPS)
-        self.decoder = nn.ModuleList(
-            Block(D, c.heads, c.attention, qkv_bias=c.qkv_bias, layer_scale=c.layer_scale)
-            for _ in range(config.decoder_depth)
-        )
-        self.decoder_norm = AddNorm(D)
-        self.head = nn.Linear(D, self.num_codes)
-        for module in (self.regressor, self.decoder, self.head):
-            module.apply(init_linear)
-        truncated_normal(self.mask_token)
+        self.regressor = Regressor(model, config.regressor_depth)
+        self.token_decoder = TokenDecoder(model, config.decoder_depth, self.num_codes)
 
     def group(self, name: str, parameter: nn.Parameter) -> Group:
         return Group(decay=False) if name.endswith(("cls_token", "pos_embed")) else Group()
@@ -138,30 +174,15 @@ class CAE(TokensMethod):
         assert pos_TD is not None
         return pos_TD[1:][index_BK]
 
-    def keeps(self, seeds_B: Tensor | None, depth: int, length: int, network: int) -> list[Tensor | None]:
-        p = self.model.drop_path if self.training else 0.0
-        return drop_path_keeps(seeds_B, p, depth, (length,), network=network)
-
     def regress(
         self, visible_BVD: Tensor, seen_BV: Tensor, hidden_BL: Tensor, seeds_B: Tensor | None = None
     ) -> Tensor:
         """What is foreseen of the encoder's output at hidden patches. `[B, L, D]`."""
-        pos_BLD, pos_BVD = self.positions(hidden_BL), self.positions(seen_BV)
-        pos_BND = torch.cat([pos_BVD, pos_BLD], dim=1)
-        q_BLD = self.mask_token.expand(len(visible_BVD), self.num_hidden, -1)
-        keeps = self.keeps(seeds_B, len(self.regressor), self.num_hidden, REGRESSOR)
-        for block, keep_2BL in zip(self.regressor, keeps, strict=True):
-            q_BLD = block(q_BLD, torch.cat([visible_BVD, q_BLD], dim=1), pos_BLD, pos_BND, keep_2BL)
-        return self.regressor_norm(q_BLD)
+        return self.regressor(visible_BVD, self.positions(seen_BV), self.positions(hidden_BL), seeds_B)
 
     def decode(self, z_BLD: Tensor, hidden_BL: Tensor, seeds_B: Tensor | None = None) -> Tensor:
         """Logits of the codes at hidden patches. `[B, L, K]`."""
-        x_BLD, branch = z_BLD + self.positions(hidden_BL), None
-        keeps = self.keeps(seeds_B, len(self.decoder), self.num_hidden, DECODER)
-        for block, keep_2BL in zip(self.decoder, keeps, strict=True):
-            x_BLD, branch = block(x_BLD, branch, keep_2BT=keep_2BL)
-        assert isinstance(branch, Branch)
-        return self.head(self.decoder_norm(x_BLD, branch)[0])
+        return self.token_decoder(z_BLD + self.positions(hidden_BL), seeds_B)
 
     @torch.no_grad()
     def reconstruct(self, batch: Batch) -> Reconstruction | None:

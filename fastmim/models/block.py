@@ -176,7 +176,7 @@ class Block(nn.Module):
 def drop_path_keeps(
     seeds_B: Tensor | None, drop_path: float, depth: int, lengths: tuple[int, ...], *, network: int = 0
 ) -> list[Tensor | None]:
-    """What each of `depth` blocks keeps of its two branches: factors of each token, `[2, B, T]` fp32, or None.
+    """What each of `depth` blocks keeps of its branches: factors of each token, `[2, B, T]` fp32, or None.
 
     Each sample has a draw of its own in each segment of these lengths and in each network of a method.
     Probabilities rise in equal steps from 0 at the first block to `drop_path` at the last. ValueError without
