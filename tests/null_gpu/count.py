@@ -158,6 +158,9 @@ def main() -> int:
     a = p.parse_args()
     if a.timed < 1:
         p.error(f"want --timed of 1 or more, got {a.timed}")
+    if len(a.method) != 1:
+        p.error(f"--method: want one, got {' '.join(a.method)}")
+    (a.method,) = a.method
     step = run(a, a.timed)
     print(f"{a.method} {a.model}, batch {a.batch}, {a.precision}, {a.attention}, {a.engine} zero {a.zero}")
     print(table(step))
