@@ -342,8 +342,21 @@ def main(command: Sequence[str] | None = None) -> int:
         p.error(f"want batch, warmup and steps of 1 or more, got {a.batch}, {a.warmup}, {a.steps}")
     if sum((a.data is not None, a.sweep is not None, a.fit)) > 1:
         p.error("want one of --data, --sweep and --fit, got more")
-    done = [one_method(argparse.Namespace(**vars(a) | {"method": name})) for name in a.method]
+    each = [argparse.Namespace(**vars(a) | {"method": name}) for name in a.method]
+    done = [one_method(one) if len(each) == 1 else tried(one) for one in each]
     return 0 if all(done) else 1
+
+
+def tried(a: argparse.Namespace) -> bool:
+    """One of several: what goes wrong with it is said, and the next one has its turn."""
+    try:
+        return one_method(a)
+    except Exception as error:
+        print(f"{a.method}: {type(error).__name__}: {' '.join(str(error).split())[:400]}", flush=True)
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+    return False
 
 
 def built(config: MethodConfig, model: ViTConfig) -> Method:

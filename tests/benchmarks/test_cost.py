@@ -178,7 +178,9 @@ def test_every_trained_product_has_its_gradients(name):
         if frozen or what.startswith(("target", "teacher", "key_")):
             assert set(roles) == {"forward"}
         elif what not in shared or name != "cmae_huang":
-            passes = 2 if name == "cae" and what.startswith("encoder.") else 1  # of as many tokens, one trained
+            passes = (
+                2 if name == "cae" and what.startswith("encoder.") else 1
+            )  # of as many tokens, one trained
             assert passes * roles["weight gradient"] == roles["forward"], what
             assert ("data gradient" in roles) == (what != "encoder.patch_embed.proj")
 
