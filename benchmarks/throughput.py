@@ -318,9 +318,17 @@ def fitting(engine: Engine, method: Method, channels: int, asked: int) -> tuple[
 
 
 def batch_sizes(arguments: argparse.Namespace, found: list[tuple[int, float]]) -> Iterator[int]:
-    """The batch asked for, or ever larger ones: until memory ends; on a CPU, until nothing is gained."""
+    """The batch asked for, or ever larger ones: until memory ends; on a CPU, until nothing is gained.
+
+    One that was found to fit and does not, for what is free may lie in pieces, gives way to smaller ones.
+    """
     batch = arguments.batch
     yield batch
+    while arguments.fit and not found and batch > 2 * STEP_OF_FIT:
+        batch = batch * 3 // 4 // STEP_OF_FIT * STEP_OF_FIT
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
+        yield batch
     while arguments.sweep:
         gains = [b[1] / a[1] for a, b in pairwise(found)]
         if DEVICE == "cpu" and len(gains) >= 2 and max(gains[-2:]) < FLAT:
@@ -409,9 +417,10 @@ def one_method(a: argparse.Namespace) -> bool:
         if os.environ.get("RANK", "0") == "0":
             append(a.results / "throughput.jsonl", row | env)
             print(sentence(row), flush=True)
-        if "failed" in row:
+        if "failed" not in row:
+            found.append((batch, row["images_per_s"]))
+        elif not a.fit:
             break
-        found.append((batch, row["images_per_s"]))
     if a.sweep and found:
         print(f"knee at batch {knee(found)}; {row.get('failed', f'stopped at {batch}: nothing was gained')}")
     del engine, method

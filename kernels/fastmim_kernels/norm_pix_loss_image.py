@@ -11,6 +11,7 @@ Limits  last dim of pred contiguous, image of any strides, 2 <= P <= 8192. Diffe
 """
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -122,58 +123,39 @@ def _backward_kernel(
     tl.store(out, dp.to(dpred_ptr.dtype.element_ty), mask=exist)
 
 
-def _arguments(
-    pred: Tensor,
-    image: Tensor,
-    patch: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    normalize: bool,
-    eps: float,
-    distance: int,
-    beta: float,
-) -> dict:
+class Options(NamedTuple):
+    """What the op takes behind prediction, image and index, in the order of its schema."""
+
+    patch: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    normalize: bool
+    eps: float
+    distance: int = 0
+    beta: float = 1.0
+
+
+def _arguments(pred: Tensor, image: Tensor, o: Options) -> dict:
     """What both kernels take beside their pointers."""
     B, L, P = pred.shape
     rows = {"num_rows": B * L, "L": L, "pred_stride_b": pred.stride(0), "pred_stride_l": pred.stride(1)}
-    form = {"NORMALIZE": normalize, "eps": eps, "DISTANCE": distance, "beta": beta}
-    return rows | image_layout(image, patch) | affine(image.dtype, mean, std) | form | row_tile(P)
+    form = {"NORMALIZE": o.normalize, "eps": o.eps, "DISTANCE": o.distance, "beta": o.beta}
+    return rows | image_layout(image, o.patch) | affine(image.dtype, o.mean, o.std) | form | row_tile(P)
 
 
-def launch_forward(
-    pred: Tensor,
-    image: Tensor,
-    index: Tensor,
-    patch: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    normalize: bool,
-    eps: float,
-    distance: int = 0,
-    beta: float = 1.0,
-) -> Tensor:
+def launch_forward(pred: Tensor, image: Tensor, index: Tensor, *options: Any) -> Tensor:
+    """`options` are those of `Options`."""
     loss = torch.empty(pred.shape[:2], dtype=torch.float32, device=pred.device)
-    arguments = _arguments(pred, image, patch, mean, std, normalize, eps, distance, beta)
+    arguments = _arguments(pred, image, Options(*options))
     grid = (triton.cdiv(loss.numel(), arguments["ROWS"]),)
     _forward_kernel[grid](pred, image, index.contiguous(), loss, **arguments)
     return loss
 
 
-def launch_backward(
-    dloss: Tensor,
-    pred: Tensor,
-    image: Tensor,
-    index: Tensor,
-    patch: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    normalize: bool,
-    eps: float,
-    distance: int = 0,
-    beta: float = 1.0,
-) -> Tensor:
+def launch_backward(dloss: Tensor, pred: Tensor, image: Tensor, index: Tensor, *options: Any) -> Tensor:
+    """`options` are those of `Options`."""
     dpred = torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
-    arguments = _arguments(pred, image, patch, mean, std, normalize, eps, distance, beta)
+    arguments = _arguments(pred, image, Options(*options))
     grid = (triton.cdiv(dloss.numel(), arguments["ROWS"]),)
     _backward_kernel[grid](dloss.contiguous(), pred, image, index.contiguous(), dpred, **arguments)
     return dpred
@@ -200,21 +182,24 @@ def _op(
     return launch_forward(pred, image, index, patch, mean, std, normalize, eps, distance, beta)
 
 
+def _for_native(image: Tensor, o: Options) -> tuple[Any, ...]:
+    """What the C++ ops take behind their tensors: scale and shift of each channel for mean and deviation."""
+    return o.patch, *affine(image.dtype, o.mean, o.std).values(), o.normalize, o.eps, o.distance, o.beta
+
+
 @_op.register_kernel("cpu")
-def _(pred, image, index, patch, mean, std, normalize, eps, distance=0, beta=1.0):
-    check_index(index, image, patch)
+def _(pred, image, index, *options):
+    o = Options(*options)
+    check_index(index, image, o.patch)
     if native.ready():
-        per_channel = affine(image.dtype, mean, std).values()
-        return torch.ops.fastmim.native_norm_pix_loss_image(
-            pred, image, index, patch, *per_channel, normalize, eps, distance, beta
-        )
+        return torch.ops.fastmim.native_norm_pix_loss_image(pred, image, index, *_for_native(image, o))
     return norm_pix_loss_image_reference(
-        pred.float(), image, index, patch, mean, std, normalize, eps, DISTANCES[distance], beta
+        pred.float(), image, index, *o[:5], distance=DISTANCES[o.distance], beta=o.beta
     )
 
 
 @_op.register_fake
-def _(pred, image, index, patch, mean, std, normalize, eps, distance=0, beta=1.0):
+def _(pred, image, index, *options):
     return pred.new_empty(pred.shape[:2], dtype=torch.float32)
 
 
@@ -236,19 +221,19 @@ def _op_backward(
 
 
 @_op_backward.register_kernel("cpu")
-def _(dloss, pred, image, index, patch, mean, std, normalize, eps, distance=0, beta=1.0):
+def _(dloss, pred, image, index, *options):
+    o = Options(*options)
     if native.ready():
-        per_channel = affine(image.dtype, mean, std).values()
         return torch.ops.fastmim.native_norm_pix_loss_image_backward(
-            dloss, pred, image, index, patch, *per_channel, normalize, eps, distance, beta
+            dloss, pred, image, index, *_for_native(image, o)
         )
-    target = gather_patches_reference(image, index, patch, mean, std)
-    r = residual_reference(pred.float(), target, normalize, eps)
-    return (slope_reference(r, distance, beta) * (dloss[..., None] / pred.shape[2])).to(pred.dtype)
+    target = gather_patches_reference(image, index, o.patch, o.mean, o.std)
+    r = residual_reference(pred.float(), target, o.normalize, o.eps)
+    return (slope_reference(r, o.distance, o.beta) * (dloss[..., None] / pred.shape[2])).to(pred.dtype)
 
 
 @_op_backward.register_fake
-def _(dloss, pred, image, index, patch, mean, std, normalize, eps, distance=0, beta=1.0):
+def _(dloss, pred, image, index, *options):
     return pred.new_empty(pred.shape)
 
 
