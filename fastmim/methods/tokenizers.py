@@ -300,7 +300,7 @@ class Relaxed(TokenizerMethod):
 def gumbel(seeds_B: Tensor, shape: torch.Size) -> Tensor:
     """Gumbel noise of each sample's own stream. `[B, h, w, K]` fp32."""
     u = draw_uniform(seeds_B, math.prod(shape[1:]), GUMBEL.of()).view(shape)
-    return -(-u.clamp(min=LEAST_UNIFORM).log()).log()
+    return -(-u.clamp(min=LEAST_UNIFORM).log()).log().float()
 
 
 def divergence(logits_BhwK: Tensor) -> tuple[Tensor, Tensor]:

@@ -38,8 +38,8 @@ def train_and_resume(
             if int(path.name.split("-")[1]) > stop:
                 shutil.rmtree(path)
         (checkpoints / "latest").unlink()
-        for name in ("model.safetensors", "encoder.safetensors"):
-            (folder / "resumed" / name).unlink()
+        for weights in (folder / "resumed").glob("*.safetensors"):
+            weights.unlink()
     p.ranks.barrier()
     train(prepare(make(images, folder / "resumed", resume=True, **settings)))
 

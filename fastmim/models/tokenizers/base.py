@@ -1,7 +1,7 @@
 """What a tokenizer is: a number for each square of an image, and a picture of what the numbers stand for."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -78,4 +78,4 @@ def as_bytes(image_B3HW: Tensor) -> Tensor:
 
 def values_of(config: TokenizerConfig) -> Mapping[str, Any]:
     """The fields of a configuration that make its shapes."""
-    return {name: getattr(config, name) for name in config.__dataclass_fields__}
+    return {field.name: getattr(config, field.name) for field in fields(config)}

@@ -62,6 +62,17 @@ class Residual(nn.Module):
         return x + self.net(x)
 
 
+class Codebook(nn.Module):
+    """The values of K codes, mixed by their shares. A module of its own, for ZeRO 3 gathers by modules."""
+
+    def __init__(self, codes: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(codes, width))
+
+    def forward(self, y_BhwK: Tensor) -> Tensor:
+        return y_BhwK.to(self.weight.dtype) @ self.weight
+
+
 class CodedVAE(Tokenizer):
     """What the discrete VAEs share: logits of an image, an image of mixed codes."""
 
@@ -105,7 +116,7 @@ class DVAE(CodedVAE):
             down += [nn.Conv2d(C if i else 3, C, 4, stride=2, padding=1), nn.ReLU()]
             up += [nn.ConvTranspose2d(C, C, 4, stride=2, padding=1), nn.ReLU()]
         self.encoder = nn.Sequential(*down, *(Residual(C) for _ in range(c.blocks)), nn.Conv2d(C, c.codes, 1))
-        self.codebook = nn.Parameter(torch.randn(c.codes, c.code_width))
+        self.codebook = Codebook(c.codes, c.code_width)
         self.decoder = nn.Sequential(
             nn.Conv2d(c.code_width, C, 1), *(Residual(C) for _ in range(c.blocks)), *up, nn.Conv2d(C, 3, 1)
         )
@@ -114,11 +125,10 @@ class DVAE(CodedVAE):
         return image_BHWC.permute(0, 3, 1, 2).float() / 127.5 - 1
 
     def logits(self, x_B3HW: Tensor) -> Tensor:
-        return self.encoder(x_B3HW.to(self.codebook.dtype)).permute(0, 2, 3, 1).float()
+        return self.encoder(x_B3HW.to(self.codebook.weight.dtype)).permute(0, 2, 3, 1).float()
 
     def decode(self, y_BhwK: Tensor) -> Tensor:
-        mixed_BhwE = y_BhwK.to(self.codebook.dtype) @ self.codebook
-        return self.decoder(mixed_BhwE.permute(0, 3, 1, 2))
+        return self.decoder(self.codebook(y_BhwK).permute(0, 3, 1, 2))
 
     def loss(self, decoded: Tensor, x_B3HW: Tensor) -> Tensor:
         return F.mse_loss(decoded.float(), x_B3HW)

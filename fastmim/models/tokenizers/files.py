@@ -6,6 +6,7 @@ DALL-E   a dictionary of the encoder's weights, `blocks.input.w` ..., as safeten
 """
 
 import ast
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -80,8 +81,11 @@ def ours(metadata: dict[str, str], file: Path) -> Tokenizer:
     if kind not in TOKENIZERS:
         raise ValueError(f"tokenizer: want one of {', '.join(TOKENIZERS)}, got {kind!r} in {file}")
     config = TOKENIZERS[kind]
-    fields = {name: ast.literal_eval(metadata[name]) for name in config.__dataclass_fields__}
-    return config(**fields).build()
+    try:
+        values = {field.name: ast.literal_eval(metadata[field.name]) for field in fields(config)}
+    except (KeyError, ValueError, SyntaxError):
+        raise ValueError(f"tokenizer: {file} does not say all that a {kind} is: {metadata}") from None
+    return config(**values).build()
 
 
 def dalle(tensors: dict[str, Tensor], file: Path) -> tuple[Tokenizer, dict[str, Tensor]]:
