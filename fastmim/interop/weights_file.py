@@ -21,7 +21,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "model_state", "net", "weights")
+from fastmim.interop.layouts import under_our_names
+
+WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "model_state", "net", "weights", "teacher")
 PREFIXES = ("module.", "_orig_mod.", "model.", "_forward_module.", "_fsdp_wrapped_module.")
 BESIDE = ("argparse", "pathlib", "numpy", "datetime", "omegaconf", "typing")
 ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -55,7 +57,7 @@ def read_weights(path: Path, what: str = "init-from") -> dict[str, Tensor]:
         raise ValueError(
             f"{what}: {path} cannot be read as weights, or holds more than tensors: {one_line(error)}"
         ) from None
-    return without_prefixes(tensors_of(content, f"{what}: {path}"))
+    return under_our_names(without_prefixes(tensors_of(content, f"{what}: {path}")))
 
 
 def load_torch(path: Path) -> Any:
