@@ -21,9 +21,11 @@ def train(arguments: list[str]) -> None:
 
 
 def tokenizer(arguments: list[str]) -> None:
-    from fastmim.commands import tokenizer as command
+    from fastmim.commands.tokenizer import for_train
 
-    command.main(arguments)
+    given = for_train(arguments)
+    if given is not None:
+        train(given)
 
 
 def export(arguments: list[str]) -> None:

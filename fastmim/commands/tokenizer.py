@@ -11,14 +11,14 @@ What is kept is RUN_DIR/tokenizer.safetensors; `--method.tokenizer RUN_DIR` hand
 `fastmim train --method dvae --help` lists all flags."""
 
 
-def main(arguments: list[str]) -> None:
+def for_train(arguments: list[str]) -> list[str] | None:
+    """The arguments of `fastmim train`; None where the usage was asked for. Exits with 2 on what cannot be."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
-        return
+        return None
     if arguments[0] != "train":
         print(f"fastmim: error: tokenizer: want train, got {arguments[0]!r}\n{USAGE}", file=sys.stderr)
         sys.exit(2)
-    from fastmim import train as command
     from fastmim.flags import value_of, without
     from fastmim.methods.tokenizers import TRAININGS
 
@@ -32,4 +32,4 @@ def main(arguments: list[str]) -> None:
         print(f"fastmim: error: tokenizer: want one of {', '.join(TRAININGS)}, got {kind!r}", file=sys.stderr)
         sys.exit(2)
     chosen = [] if kind is None else ["--method", kind]
-    command.main([*chosen, *without(given, {"tokenizer"})])
+    return [*chosen, *without(given, {"tokenizer"})]

@@ -69,7 +69,7 @@ def _factor(scale_ptr, keep_ptr, rows, cols, num_rows, T, D: tl.constexpr):
 
 
 @triton.jit
-def _add_layer_norm_forward_kernel(
+def _forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, scale_ptr, keep_ptr, normed_ptr, sum_ptr, mean_ptr, rstd_ptr,
     num_rows, T, x_stride_b, x_stride_t, residual_stride_b, residual_stride_t, eps,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -98,7 +98,7 @@ def _add_layer_norm_forward_kernel(
 
 
 @triton.jit
-def _add_layer_norm_backward_kernel(
+def _backward_kernel(
     dnormed_ptr, dsum_ptr, sum_ptr, mean_ptr, rstd_ptr, weight_ptr, x_ptr, scale_ptr, keep_ptr,
     dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr, dscale_ptr, num_rows, T, x_stride_b, x_stride_t,
     WRITE_X: tl.constexpr, WRITE_RESIDUAL: tl.constexpr, NEED_WEIGHT: tl.constexpr, NEED_BIAS: tl.constexpr,
@@ -164,7 +164,7 @@ def launch_forward(
     total = torch.empty(B, T, D, dtype=residual.dtype, device=x.device)
     mean, rstd = (torch.empty(B * T, dtype=torch.float32, device=x.device) for _ in range(2))
     tile, strides = row_tile(D), (*x.stride()[:2], *residual.stride()[:2])
-    _add_layer_norm_forward_kernel[(triton.cdiv(B * T, tile["ROWS"]),)](
+    _forward_kernel[(triton.cdiv(B * T, tile["ROWS"]),)](
         x,
         residual,
         weight,
@@ -216,7 +216,7 @@ def launch_backward(
     if block > 4096 and needs[4]:  # three sums of 8192 values and the row do not fit in registers
         passes = [(*needs[:2], *(False,) * 3), (False, False, *needs[2:4], False), (*(False,) * 4, True)]
     for write_x, write_residual, need_weight, need_bias, need_scale in passes:
-        _add_layer_norm_backward_kernel[(shares,)](
+        _backward_kernel[(shares,)](
             dnormed.contiguous(), dsum.contiguous(), total, mean, rstd, weight, x, scale, keep,
             dx, dresidual, *partial, B * T, T, *strides,
             WRITE_X=write_x, WRITE_RESIDUAL=write_residual, NEED_WEIGHT=need_weight, NEED_BIAS=need_bias,

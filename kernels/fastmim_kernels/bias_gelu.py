@@ -45,7 +45,7 @@ def _biased(x_ptr, bias_ptr, rows, cols, M, x_stride, D: tl.constexpr):
 
 
 @triton.jit
-def _bias_gelu_forward_kernel(
+def _forward_kernel(
     x_ptr, bias_ptr, out_ptr, M, x_stride, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):  # fmt: skip
     CHUNKS: tl.constexpr = (D + COLS - 1) // COLS  # programs side by side take the columns of the same rows
@@ -57,7 +57,7 @@ def _bias_gelu_forward_kernel(
 
 
 @triton.jit
-def _bias_gelu_backward_kernel(
+def _backward_kernel(
     dout_ptr, x_ptr, bias_ptr, dx_ptr, bias_sum_ptr, M, x_stride,
     NEED_X: tl.constexpr, NEED_BIAS: tl.constexpr,
     D: tl.constexpr, SHARE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -92,7 +92,7 @@ def launch_forward(x: Tensor, bias: Tensor) -> Tensor:
     out = torch.empty(M, D, dtype=x.dtype, device=x.device)
     tile = _tile(D, 2048)
     grid = (triton.cdiv(M, tile["ROWS"]) * triton.cdiv(D, tile["COLS"]),)
-    _bias_gelu_forward_kernel[grid](x, bias, out, M, x.stride(0), D=D, **tile)
+    _forward_kernel[grid](x, bias, out, M, x.stride(0), D=D, **tile)
     return out
 
 
@@ -104,7 +104,7 @@ def launch_backward(dout: Tensor, x: Tensor, bias: Tensor, needs: tuple[bool, bo
     shares = triton.cdiv(M, share)
     dx = torch.empty(M if need_x else 0, D, dtype=x.dtype, device=x.device)
     bias_sum = torch.empty(shares if need_bias else 0, D, dtype=torch.float32, device=x.device)
-    _bias_gelu_backward_kernel[(shares * triton.cdiv(D, tile["COLS"]),)](
+    _backward_kernel[(shares * triton.cdiv(D, tile["COLS"]),)](
         dout.contiguous(), x, bias, dx, bias_sum, M, x.stride(0),
         NEED_X=need_x, NEED_BIAS=need_bias, D=D, SHARE=share, **tile,
     )  # fmt: skip

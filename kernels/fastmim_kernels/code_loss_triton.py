@@ -49,7 +49,7 @@ def _probabilities(
 
 
 @triton.jit
-def _code_loss_forward_kernel(
+def _forward_kernel(
     student_ptr, teacher_ptr, center_ptr, pair_ptr, lse_teacher_ptr, loss_ptr, lse_ptr, K,
     student_stride, teacher_stride, student_temperature, teacher_temperature,
     J: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
@@ -78,7 +78,7 @@ def _code_loss_forward_kernel(
 
 
 @triton.jit
-def _code_loss_backward_kernel(
+def _backward_kernel(
     dloss_ptr, student_ptr, teacher_ptr, center_ptr, pair_ptr, lse_ptr, lse_teacher_ptr, ds_ptr, K,
     student_stride, teacher_stride, student_temperature, teacher_temperature,
     J: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
@@ -119,7 +119,7 @@ def launch_forward(
             teacher, center, lse_u, entropy, K, teacher.stride(0), t_t, BLOCK=max(16, block), num_warps=8
         )
     if R:
-        _code_loss_forward_kernel[(R,)](
+        _forward_kernel[(R,)](
             student, teacher, center, pairs, lse_u, loss, lse_r, K,
             student.stride(0), teacher.stride(0), t_s, t_t, **sizes_of(K, J),
         )  # fmt: skip
@@ -135,7 +135,7 @@ def launch_backward(
     ds = torch.empty(R, K, dtype=student.dtype, device=student.device)
     sizes = sizes_of(K, J)
     if R:
-        _code_loss_backward_kernel[(R * triton.cdiv(K, sizes["BLOCK"]),)](
+        _backward_kernel[(R * triton.cdiv(K, sizes["BLOCK"]),)](
             dloss.contiguous(), student, teacher, center, pairs, lse_r, lse_u, ds, K,
             student.stride(0), teacher.stride(0), t_s, t_t, **sizes,
         )  # fmt: skip

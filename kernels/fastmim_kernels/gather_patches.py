@@ -107,7 +107,7 @@ def _tile(P: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
-def _gather_patches_forward_kernel(
+def _forward_kernel(
     image_ptr, index_ptr, out_ptr, num_rows, K, grid_w, stride_b, stride_h, stride_w, stride_c,
     C: tl.constexpr, PATCH: tl.constexpr, DENSE: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -123,7 +123,7 @@ def _gather_patches_forward_kernel(
 
 
 @triton.jit
-def _gather_patches_backward_kernel(
+def _backward_kernel(
     dout_ptr, index_ptr, dimage_ptr, num_rows, K, grid_w, stride_b, stride_h, stride_w, stride_c,
     C: tl.constexpr, PATCH: tl.constexpr, DENSE: tl.constexpr, SCALE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -166,7 +166,7 @@ def launch_forward(
     out = torch.empty(B, K, P, dtype=dtype, device=image.device)
     grid, tile = _grid(B * K, P, TILE)
     layout = image_layout(image, patch) | affine(image.dtype, mean, std)
-    _gather_patches_forward_kernel[grid](image, index.contiguous(), out, B * K, K, **layout, **tile)
+    _forward_kernel[grid](image, index.contiguous(), out, B * K, K, **layout, **tile)
     return out
 
 
@@ -177,8 +177,7 @@ def launch_backward(
     dimage = torch.zeros(shape, dtype=torch.float32, device=dout.device)
     grid, tile = _grid(B * K, P, TILE_BACK)
     layout = image_layout(dimage, patch) | {"SCALE": tuple(1.0 / s for s in std)}
-    sources = dout.contiguous(), index.contiguous()
-    _gather_patches_backward_kernel[grid](*sources, dimage, B * K, K, **layout, **tile)
+    _backward_kernel[grid](dout.contiguous(), index.contiguous(), dimage, B * K, K, **layout, **tile)
     return dimage.to(dtype)
 
 

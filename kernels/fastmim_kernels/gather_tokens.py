@@ -49,7 +49,7 @@ def gather_tokens_reference(
 
 
 @triton.jit
-def _gather_tokens_forward_kernel(
+def _forward_kernel(
     tokens_ptr, index_ptr, pos_ptr, cls_ptr, out_ptr, num_rows, T, token_stride_b, token_stride_n, pos_stride,
     HEAD: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
@@ -74,7 +74,7 @@ def _gather_tokens_forward_kernel(
 
 
 @triton.jit
-def _gather_tokens_backward_kernel(
+def _backward_kernel(
     dout_ptr, place_ptr, dtokens_ptr, pos_sum_ptr, B, N, T,
     NEED_TOKENS: tl.constexpr, NEED_POS: tl.constexpr,
     D: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -108,7 +108,7 @@ def launch_forward(tokens: Tensor, index: Tensor, pos: Tensor | None, cls: Tenso
     out = torch.empty(B, T, D, dtype=tokens.dtype, device=tokens.device)
     cols = min(512, triton.next_power_of_2(D))
     rows = 2048 // cols
-    _gather_tokens_forward_kernel[(triton.cdiv(B * T, rows) * triton.cdiv(D, cols),)](
+    _forward_kernel[(triton.cdiv(B * T, rows) * triton.cdiv(D, cols),)](
         tokens, index.contiguous(), pos, cls, out, B * T, T, *tokens.stride()[:2],
         0 if pos is None else pos.stride(0), HEAD=T - K, D=D, ROWS=rows, COLS=cols,
     )  # fmt: skip
@@ -130,7 +130,7 @@ def launch_backward(
     if need_tokens or need_pos:
         row = torch.arange(int(head), T, device=dout.device)
         place = torch.full((B, N), -1, device=dout.device).scatter_(1, index, row.expand(B, -1))
-        _gather_tokens_backward_kernel[(N, triton.cdiv(D, cols), shares)](
+        _backward_kernel[(N, triton.cdiv(D, cols), shares)](
             dout, place, dtokens, pos_sum, B, N, T, NEED_TOKENS=need_tokens, NEED_POS=need_pos,
             D=D, SPLIT=split, ROWS=rows, COLS=cols,
         )  # fmt: skip

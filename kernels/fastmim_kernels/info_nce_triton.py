@@ -52,7 +52,7 @@ def _norm_kernel(
 
 
 @triton.jit
-def _info_nce_forward_kernel(
+def _forward_kernel(
     q_ptr, k_ptr, label_ptr, norm_ptr, loss_ptr, lse_ptr, rate_ptr, pull_ptr, B, G, N,
     q_stride_b, q_stride_n, k_stride_g, k_stride_n, offset, temperature,
     NORMALIZE: tl.constexpr, NEED_PULL: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
@@ -250,7 +250,7 @@ def launch_forward(
     norm = row_norms(k if normalize else k[:0])
     t = tile(D, q.dtype)
     if loss.numel():
-        _info_nce_forward_kernel[(triton.cdiv(B, t["ROWS"]) * N,)](
+        _forward_kernel[(triton.cdiv(B, t["ROWS"]) * N,)](
             q, k, None if labels is None else labels.contiguous(), norm, loss, lse, rate, pull, B, G, N,
             *q.stride()[:2], *k.stride()[:2], offset, temperature,
             NORMALIZE=normalize, NEED_PULL=need_pull, D=D, **t,

@@ -125,7 +125,7 @@ def _row_residual(
 
 
 @triton.jit
-def _norm_pix_loss_forward_kernel(
+def _forward_kernel(
     pred_ptr, target_ptr, loss_ptr, M, pred_stride, target_stride, eps, beta,
     D: tl.constexpr, NORMALIZE: tl.constexpr, DISTANCE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -138,7 +138,7 @@ def _norm_pix_loss_forward_kernel(
 
 
 @triton.jit
-def _norm_pix_loss_backward_kernel(
+def _backward_kernel(
     dloss_ptr, pred_ptr, target_ptr, dpred_ptr, dtarget_ptr, M, pred_stride, target_stride, eps, beta,
     NEED_PRED: tl.constexpr, NEED_TARGET: tl.constexpr,
     D: tl.constexpr, NORMALIZE: tl.constexpr, DISTANCE: tl.constexpr,
@@ -170,7 +170,7 @@ def launch_forward(
     loss = torch.empty(M, dtype=torch.float32, device=pred.device)
     tile, strides = row_tile(D), (pred.stride(0), target.stride(0))
     grid = (triton.cdiv(M, tile["ROWS"]),)
-    _norm_pix_loss_forward_kernel[grid](
+    _forward_kernel[grid](
         pred, target, loss, M, *strides, eps, beta, D=D, NORMALIZE=normalize, DISTANCE=distance, **tile
     )
     return loss
@@ -191,7 +191,7 @@ def launch_backward(
     dpred = torch.empty(M if needs[0] else 0, D, dtype=pred.dtype, device=pred.device)
     dtarget = torch.empty(M if needs[1] else 0, D, dtype=target.dtype, device=pred.device)
     tile, strides = row_tile(D), (pred.stride(0), target.stride(0))
-    _norm_pix_loss_backward_kernel[(triton.cdiv(M, tile["ROWS"]),)](
+    _backward_kernel[(triton.cdiv(M, tile["ROWS"]),)](
         dloss.contiguous(), pred, target, dpred, dtarget, M, *strides, eps, beta,
         NEED_PRED=needs[0], NEED_TARGET=needs[1], D=D, NORMALIZE=normalize, DISTANCE=distance, **tile,
     )  # fmt: skip

@@ -86,7 +86,7 @@ def _row_residual(
 
 
 @triton.jit
-def _norm_pix_loss_image_forward_kernel(
+def _forward_kernel(
     pred_ptr, image_ptr, index_ptr, loss_ptr, num_rows, L, pred_stride_b, pred_stride_l,
     grid_w, stride_b, stride_h, stride_w, stride_c, eps, beta,
     C: tl.constexpr, PATCH: tl.constexpr, DENSE: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
@@ -103,7 +103,7 @@ def _norm_pix_loss_image_forward_kernel(
 
 
 @triton.jit
-def _norm_pix_loss_image_backward_kernel(
+def _backward_kernel(
     dloss_ptr, pred_ptr, image_ptr, index_ptr, dpred_ptr, num_rows, L, pred_stride_b, pred_stride_l,
     grid_w, stride_b, stride_h, stride_w, stride_c, eps, beta,
     C: tl.constexpr, PATCH: tl.constexpr, DENSE: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
@@ -148,7 +148,7 @@ def launch_forward(pred: Tensor, image: Tensor, index: Tensor, *options: Any) ->
     loss = torch.empty(pred.shape[:2], dtype=torch.float32, device=pred.device)
     arguments = _arguments(pred, image, Options(*options))
     grid = (triton.cdiv(loss.numel(), arguments["ROWS"]),)
-    _norm_pix_loss_image_forward_kernel[grid](pred, image, index.contiguous(), loss, **arguments)
+    _forward_kernel[grid](pred, image, index.contiguous(), loss, **arguments)
     return loss
 
 
@@ -157,8 +157,7 @@ def launch_backward(dloss: Tensor, pred: Tensor, image: Tensor, index: Tensor, *
     dpred = torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
     arguments = _arguments(pred, image, Options(*options))
     grid = (triton.cdiv(dloss.numel(), arguments["ROWS"]),)
-    sources = dloss.contiguous(), pred, image, index.contiguous()
-    _norm_pix_loss_image_backward_kernel[grid](*sources, dpred, **arguments)
+    _backward_kernel[grid](dloss.contiguous(), pred, image, index.contiguous(), dpred, **arguments)
     return dpred
 
 

@@ -42,7 +42,7 @@ def restore_tokens_reference(tokens_RD: Tensor, source_BN: Tensor, mask_D: Tenso
 
 
 @triton.jit
-def _restore_tokens_forward_kernel(
+def _forward_kernel(
     tokens_ptr, source_ptr, mask_ptr, pos_ptr, out_ptr, B, N, token_stride, pos_stride,
     D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +61,7 @@ def _restore_tokens_forward_kernel(
 
 
 @triton.jit
-def _restore_tokens_backward_kernel(
+def _backward_kernel(
     dout_ptr, source_ptr, dtokens_ptr, mask_sum_ptr, pos_sum_ptr, B, N,
     NEED_TOKENS: tl.constexpr, NEED_MASK: tl.constexpr, NEED_POS: tl.constexpr,
     D: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -104,7 +104,7 @@ def launch_forward(tokens: Tensor, source: Tensor, mask_token: Tensor, pos: Tens
     out = torch.empty(B, N, D, dtype=tokens.dtype, device=tokens.device)
     tile = _tile(D, 4096)  # 8 kB of bf16 in flight per program
     grid = (N, triton.cdiv(D, tile["COLS"]), triton.cdiv(B, tile["ROWS"]))
-    _restore_tokens_forward_kernel[grid](
+    _forward_kernel[grid](
         tokens, source.contiguous(), mask_token, pos, out, B, N, tokens.stride(0), pos.stride(0), D=D, **tile
     )
     return out
@@ -122,7 +122,7 @@ def launch_backward(
     dtokens = torch.zeros(num_tokens if need_tokens else 0, D, dtype=dout.dtype, device=dout.device)
     mask_sum = torch.empty(shares if need_mask else 0, N, D, dtype=torch.float32, device=dout.device)
     pos_sum = torch.empty(shares if need_pos else 0, N, D, dtype=torch.float32, device=dout.device)
-    _restore_tokens_backward_kernel[(N, triton.cdiv(D, tile["COLS"]), shares)](
+    _backward_kernel[(N, triton.cdiv(D, tile["COLS"]), shares)](
         dout.contiguous(), source.contiguous(), dtokens, mask_sum, pos_sum, B, N,
         NEED_TOKENS=need_tokens, NEED_MASK=need_mask, NEED_POS=need_pos, D=D, SPLIT=split, **tile,
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """Counts of training steps as text: a file for each method, a column for each engine, a row for each name.
 
 stage     kind        plain  zero 0  ...  name
-backward  launch         39      39  ...  add_layer_norm.py:_add_layer_norm_backward_kernel
+backward  launch         39      39  ...  add_layer_norm.py:_backward_kernel
 """
 
 from collections.abc import Mapping, Sequence

@@ -66,7 +66,7 @@ b = torch.ones(8, device="cuda", dtype=torch.bfloat16, requires_grad=True)
 y = counted("forward", lambda: fastmim_kernels.bias_gelu(x, b))
 """,
     )
-    assert ["launch", "bias_gelu.py:_bias_gelu_forward_kernel", 1] in found["forward"]
+    assert ["launch", "bias_gelu.py:_forward_kernel", 1] in found["forward"]
 
 
 def test_what_comes_back_is_what_was_just_put_there_or_zero(on_null_device):

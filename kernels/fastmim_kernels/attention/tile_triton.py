@@ -82,7 +82,7 @@ def _biased(s, bias_ptr, h, i, j, length, scale):
 
 
 @triton.jit
-def _attention_forward_kernel(
+def _forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, bias_ptr, T, H, start, length, count,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
     v_stride_b, v_stride_t, v_stride_h, scale,
@@ -351,7 +351,7 @@ def launch_forward(
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
     for (start, length, count), bias in launches(segments, biases) if B * H else ():
         sizes = forward_tile(length, d)
-        _attention_forward_kernel[(B * count * H * triton.cdiv(length, sizes["ROWS"]),)](
+        _forward_kernel[(B * count * H * triton.cdiv(length, sizes["ROWS"]),)](
             q, k, v, out, lse, bias, T, H, start, length, count,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], d**-0.5, **sizes,
         )  # fmt: skip
