@@ -12,7 +12,7 @@ What is kept is RUN_DIR/tokenizer.safetensors; `--method.tokenizer RUN_DIR` hand
 
 
 def for_train(arguments: list[str]) -> list[str] | None:
-    """The arguments of `fastmim train`; None where the usage was asked for. Exits with 2 on what cannot be."""
+    """The arguments of `fastmim train`; None after the usage. Exits with 2 on what cannot be."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return None
