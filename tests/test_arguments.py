@@ -283,3 +283,11 @@ def test_an_unknown_command_names_the_nearest():
     run = subprocess.run([sys.executable, "-m", "fastmim.cli", "docter"], capture_output=True, text=True)
     assert run.returncode == 2
     assert "did you mean doctor?" in run.stderr
+
+
+def test_a_tokenizer_is_found_from_any_folder(tmp_path, monkeypatch):
+    """What is saved with the run names it absolutely, as it does the data."""
+    monkeypatch.chdir(tmp_path)
+    command, saved = parse(["--method", "beit", "--method.tokenizer", "tokens/run"])
+    assert command.run.method.tokenizer == tmp_path / "tokens" / "run"
+    assert str(tmp_path / "tokens" / "run") in saved

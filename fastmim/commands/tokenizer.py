@@ -19,13 +19,12 @@ def for_train(arguments: list[str]) -> list[str] | None:
     if arguments[0] != "train":
         print(f"fastmim: error: tokenizer: want train, got {arguments[0]!r}\n{USAGE}", file=sys.stderr)
         sys.exit(2)
-    from fastmim.flags import value_of, without
+    from fastmim.flags import is_on, value_of, without
     from fastmim.methods.tokenizers import TRAININGS
 
     given = arguments[1:]
     kind = value_of(given, "tokenizer")
-    resumes = any(argument == "--resume" for argument in given)
-    if kind is None and not resumes:
+    if kind is None and not is_on(given, "resume"):
         print(f"fastmim: error: tokenizer: want --tokenizer {'|'.join(TRAININGS)}, got none", file=sys.stderr)
         sys.exit(2)
     if kind is not None and kind not in TRAININGS:

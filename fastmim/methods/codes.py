@@ -24,6 +24,7 @@ from fastmim.group import Group
 from fastmim.methods.base import Method, MethodConfig
 from fastmim.methods.health import collapse, health
 from fastmim.methods.targets import Center, cosine_momentum, teacher_of
+from fastmim.methods.work import Linear, Stack, Work, head_work
 from fastmim.models.heads import CodeHead
 from fastmim.models.mae_decoder import DecoderConfig
 from fastmim.models.vit import Encoder, ViTConfig
@@ -115,6 +116,28 @@ class CodesConfig(MethodConfig):
                 f"method.local-size: want a multiple of the patch, {model.patch}, and at most the "
                 f"{min(model.size)} px of the image, of which there are positions, got {self.local_size}"
             )
+
+    def head_rows(self, model: ViTConfig) -> int:
+        """Tokens of the large crops that go through the head: class tokens, unless something else is said."""
+        return LARGE
+
+    def work(self, model: ViTConfig) -> Work:
+        """The student on all crops, the teacher on the large ones and without a gradient."""
+        N, P, D, L = model.num_patches, model.patch_values, model.width, self.local_crops
+        small = (self.local_size // model.patch) ** 2
+        widths = D, self.hidden, self.hidden, self.bottleneck, self.out
+        return Work(
+            stacks=(
+                Stack((1 + N,) * LARGE + (1 + small,) * L, D, model.depth),
+                Stack((1 + N,) * LARGE, D, model.depth, trained=False),
+            ),
+            others=(
+                Linear(LARGE * N + L * small, P, D, input_gradient=False),
+                Linear(LARGE * N, P, D, trained=False),
+                *head_work(self.head_rows(model) + L, widths),
+                *head_work(self.head_rows(model), widths, trained=False),
+            ),
+        )
 
     def crops(self, model: ViTConfig) -> tuple[Crop, ...]:
         """Two large crops and the small ones, each of a box and colors of its own."""

@@ -20,7 +20,6 @@ from fastmim_kernels import code_loss
 from fastmim.methods.base import Output
 from fastmim.methods.codes import LARGE, CodesConfig, CodesMethod, pairs
 from fastmim.methods.variants import Variant
-from fastmim.methods.work import Linear, Stack, Work, head_work
 from fastmim.models.tokens import Tokens
 from fastmim.models.vit import ViTConfig
 from fastmim.views import Batch
@@ -37,24 +36,6 @@ class DINOConfig(CodesConfig):
         ),
         "two-crops": Variant(changes={"local_crops": 0}, expected="not published for ViT-B"),
     }
-
-    def work(self, model: ViTConfig) -> Work:
-        """The student on all crops, the teacher on the large ones and without a gradient."""
-        N, P, D, L = model.num_patches, model.patch_values, model.width, self.local_crops
-        small = (self.local_size // model.patch) ** 2
-        widths = D, self.hidden, self.hidden, self.bottleneck, self.out
-        return Work(
-            stacks=(
-                Stack((1 + N,) * LARGE + (1 + small,) * L, D, model.depth),
-                Stack((1 + N,) * LARGE, D, model.depth, trained=False),
-            ),
-            others=(
-                Linear(LARGE * N + L * small, P, D, input_gradient=False),
-                Linear(LARGE * N, P, D, trained=False),
-                *head_work(LARGE + L, widths),
-                *head_work(LARGE, widths, trained=False),
-            ),
-        )
 
     def build(self, model: ViTConfig) -> "DINO":
         return DINO(self, model)

@@ -29,7 +29,6 @@ from fastmim.methods.codes import LARGE, CodesConfig, CodesMethod, pairs
 from fastmim.methods.masking import first_hidden, taken
 from fastmim.methods.targets import Center
 from fastmim.methods.variants import Variant
-from fastmim.methods.work import Linear, Stack, Work, head_work
 from fastmim.models.tokens import Tokens
 from fastmim.models.vit import ViTConfig
 from fastmim.streams import MASK, SECOND_MASK
@@ -68,24 +67,9 @@ class IBOTConfig(CodesConfig):
         """The largest number of patches that a mask hides."""
         return int(MOST * model.num_patches)
 
-    def work(self, model: ViTConfig) -> Work:
+    def head_rows(self, model: ViTConfig) -> int:
         """As published the head works on every patch of the large crops, in both networks."""
-        N, P, D, L = model.num_patches, model.patch_values, model.width, self.local_crops
-        small = (self.local_size // model.patch) ** 2
-        widths = D, self.hidden, self.hidden, self.bottleneck, self.out
-        rows = LARGE * (1 + N)
-        return Work(
-            stacks=(
-                Stack((1 + N,) * LARGE + (1 + small,) * L, D, model.depth),
-                Stack((1 + N,) * LARGE, D, model.depth, trained=False),
-            ),
-            others=(
-                Linear(LARGE * N + L * small, P, D, input_gradient=False),
-                Linear(LARGE * N, P, D, trained=False),
-                *head_work(rows + L, widths),
-                *head_work(rows, widths, trained=False),
-            ),
-        )
+        return LARGE * (1 + model.num_patches)
 
     def build(self, model: ViTConfig) -> "IBOT":
         return IBOT(self, model)

@@ -1,6 +1,7 @@
 """Distances that several papers take unchanged: of predicted patches to pixels, and means over them."""
 
-from fastmim_kernels import norm_pix_loss_image
+import torch
+from fastmim_kernels import gather_patches, norm_pix_loss_image
 from torch import Tensor
 
 from fastmim.models.vit import ViTConfig
@@ -17,6 +18,12 @@ def pixel_loss(
     return norm_pix_loss_image(
         pred_BLP, image_BHWC, index_BL, model.patch, model.pixel_mean, model.pixel_std, normalize=normalize
     )
+
+
+def as_prediction(image_BHWC: Tensor, model: ViTConfig) -> Tensor:
+    """A uint8 picture as a prediction of every patch's pixels, normalized by channel. `[B, N, P]` fp32."""
+    index_BN = torch.arange(model.num_patches, device=image_BHWC.device).expand(len(image_BHWC), -1)
+    return gather_patches(image_BHWC, index_BN, model.patch, model.pixel_mean, model.pixel_std)
 
 
 def scored_mean(loss_BL: Tensor, weight_BL: Tensor | None) -> Tensor:

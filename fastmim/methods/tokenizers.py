@@ -26,12 +26,13 @@ from fastmim_kernels import draw_uniform
 from torch import Tensor, nn
 
 from fastmim.methods.base import Method, MethodConfig, Output, Reconstruction
+from fastmim.methods.losses import as_prediction
 from fastmim.methods.targets import teacher_of
 from fastmim.models.fp32_buffers import FP32Buffers
 from fastmim.models.mae_decoder import DecoderConfig
 from fastmim.models.tokenizers.base import Tokenizer, TokenizerConfig, code_statistics, psnr
 from fastmim.models.tokenizers.dalle import STRIDE, DALLEConfig
-from fastmim.models.tokenizers.dvae import CodedVAE, DVAEConfig
+from fastmim.models.tokenizers.dvae import CodedVAE, ConvConfig, DVAEConfig
 from fastmim.models.tokenizers.files import NAME, metadata_of
 from fastmim.models.tokenizers.patches import KMeans, KMeansConfig, nearest, normalized_squares
 from fastmim.models.tokenizers.vq import VQ, VQConfig
@@ -108,10 +109,10 @@ class RelaxedTraining(TokenizerTraining):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DVAETraining(RelaxedTraining):
-    """The small discrete VAE."""
+class ConvTraining(TokenizerTraining):
+    """What tokenizers of strided convolutions have in common."""
 
-    name: ClassVar[str] = "dvae"
+    sizes: ClassVar[type[ConvConfig]]
     hidden: int = 256
     """Channels inside"""
     code_width: int = 512
@@ -120,8 +121,21 @@ class DVAETraining(RelaxedTraining):
     """Residual blocks on each side of the codes"""
 
     def tokenizer(self, stride: int) -> TokenizerConfig:
-        sizes = {"hidden": self.hidden, "code_width": self.code_width, "blocks": self.blocks}
-        return DVAEConfig(codes=self.codes, stride=stride, **sizes)
+        return self.sizes(
+            codes=self.codes,
+            stride=stride,
+            hidden=self.hidden,
+            code_width=self.code_width,
+            blocks=self.blocks,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DVAETraining(RelaxedTraining, ConvTraining):
+    """The small discrete VAE."""
+
+    name: ClassVar[str] = "dvae"
+    sizes: ClassVar = DVAEConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,25 +153,17 @@ class DALLETraining(RelaxedTraining):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VQTraining(TokenizerTraining):
+class VQTraining(ConvTraining):
     """Vector quantization with unit codes."""
 
     name: ClassVar[str] = "vq"
-    couples_batch: ClassVar[bool] = False
-    hidden: int = 256
-    """Channels inside"""
+    sizes: ClassVar = VQConfig
     code_width: int = 32
     """Values of a code"""
-    blocks: int = 2
-    """Residual blocks on each side of the codes"""
     commitment: float = 1.0
     """beta, weight of what draws vectors to their codes"""
     decay: float = 0.99
     """Momentum of the codes"""
-
-    def tokenizer(self, stride: int) -> TokenizerConfig:
-        sizes = {"hidden": self.hidden, "code_width": self.code_width, "blocks": self.blocks}
-        return VQConfig(codes=self.codes, stride=stride, **sizes)
 
     def build(self, model: ViTConfig) -> "VectorQuantized":
         return VectorQuantized(self, model)
@@ -246,20 +252,8 @@ class TokenizerMethod(Method):
         index_BN = self.average.indices(image_BHWC)
         drawn_BHWC = self.average.picture(index_BN, self.model.grid)
         nothing_B0 = index_BN[:, :0]
-        return Reconstruction(
-            image_BHWC, nothing_B0, normalized_patches(drawn_BHWC, self.model), norm_pix=False
-        )
-
-
-def normalized_patches(image_BHWC: Tensor, model: ViTConfig) -> Tensor:
-    """A uint8 picture as a prediction of normalized pixels. `[B, N, P]`, row, column, channel."""
-    mean_C, std_C = (
-        image_BHWC.new_tensor(v, dtype=torch.float32) for v in (model.pixel_mean, model.pixel_std)
-    )
-    x = (image_BHWC.float() / 255 - mean_C) / std_C
-    B, H, W, C = x.shape
-    p = model.patch
-    return x.view(B, H // p, p, W // p, p, C).transpose(2, 3).reshape(B, -1, p * p * C)
+        pred_BNP = as_prediction(drawn_BHWC, self.model)
+        return Reconstruction(image_BHWC, nothing_B0, pred_BNP, norm_pix=False)
 
 
 # --- relaxed codes --------------------------------------------------------------------------------------

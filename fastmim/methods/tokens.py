@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmim.methods.base import Method, MethodConfig, Reconstruction
-from fastmim.methods.losses import mean_over_ranks
+from fastmim.methods.losses import as_prediction, mean_over_ranks
 from fastmim.models.mae_decoder import DecoderConfig
 from fastmim.models.tokenizers import RandomConfig, Tokenizer, load_tokenizer
 from fastmim.models.vit import ViTConfig
@@ -106,17 +106,13 @@ class TokensMethod(Method):
     @torch.no_grad()
     def drawn(self, image_BHWC: Tensor, seen_BK: Tensor, token_BN: Tensor) -> Reconstruction | None:
         """What the codes stand for, at the size of the image; None for a tokenizer that cannot draw."""
-        try:
-            small_BHWC = self.tokenizer.picture(token_BN, self.model.grid)
-        except ValueError:
+        if not self.tokenizer.draws:
             return None
-        small = small_BHWC.permute(0, 3, 1, 2).float()
-        x = F.interpolate(small, size=self.model.size, mode="nearest").permute(0, 2, 3, 1) / 255
-        mean_C, std_C = (x.new_tensor(v) for v in (self.model.pixel_mean, self.model.pixel_std))
-        B, H, W, C = x.shape
-        p = self.model.patch
-        x = ((x - mean_C) / std_C).view(B, H // p, p, W // p, p, C).transpose(2, 3)
-        return Reconstruction(image_BHWC, seen_BK, x.reshape(B, -1, p * p * C), norm_pix=False)
+        small_BHWC = self.tokenizer.picture(token_BN, self.model.grid)
+        small_BCHW = small_BHWC.permute(0, 3, 1, 2).float()  # whole levels: what is nearest stays one
+        large_BCHW = F.interpolate(small_BCHW, size=self.model.size, mode="nearest")
+        pred_BNP = as_prediction(large_BCHW.permute(0, 2, 3, 1).byte().contiguous(), self.model)
+        return Reconstruction(image_BHWC, seen_BK, pred_BNP, norm_pix=False)
 
     def remedies(self) -> str:
         return "try a lower --optim.blr, or another --method.tokenizer: its metrics.jsonl has the perplexity"

@@ -1,7 +1,10 @@
-"""Batches for methods of several crops: noise of the sizes that they ask for."""
+"""What tests of methods share: noise of the sizes asked for, gradients of two losses, a second rank."""
+
+from collections.abc import Callable
 
 import torch
 from fastmim_kernels import sample_seeds
+from torch import Tensor
 
 from fastmim.methods.base import Method
 from fastmim.views import Batch
@@ -15,6 +18,21 @@ def make_batch(method: Method, size: int = 4, epoch: int = 0, first: int = 0) ->
         crops.append(images[first : first + size])
     ids = torch.arange(first, first + size)
     return Batch(tuple(crops), sample_seeds(0, 0, ids), ids, epoch)
+
+
+def assert_same_gradients(
+    method: Method, expected: Tensor, loss: Callable[[], Tensor], *, atol: float = 1e-5
+) -> set[str]:
+    """The gradients of a loss are those of `expected`, and the same parameters have one: their names."""
+    expected.backward()
+    grads = {name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None}
+    method.zero_grad()
+    loss().backward()
+    found = {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
+    assert grads and found.keys() == grads.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=atol, msg=name)
+    return set(found)
 
 
 class Second:

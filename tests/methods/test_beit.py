@@ -16,7 +16,7 @@ from fastmim.models.tokens import Tokens
 from fastmim.models.vit import ViTConfig
 from fastmim.recipes import METHOD_RECIPES
 from fastmim.views import BEIT
-from tests.methods.crops import Second, make_batch
+from tests.methods.crops import Second, assert_same_gradients, make_batch
 
 BEIT_VIT = ViTConfig(
     width=32, depth=2, heads=2, patch=4, image_size=24, positions="relative", layer_scale=0.1, qkv_bias="qv",
@@ -47,17 +47,6 @@ def beit(**changes):
 def cae(vit: ViTConfig = CAE_VIT, **changes):
     torch.manual_seed(0)
     return CAEConfig(**({"codes": 24, "regressor_depth": 2, "decoder_depth": 2} | changes)).build(vit)
-
-
-def same_gradients(method, expected, loss):
-    expected.backward()
-    grads = {name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None}
-    method.zero_grad()
-    loss().backward()
-    for name, p in method.named_parameters():
-        assert (p.grad is not None) == (name in grads), name
-        if p.grad is not None:
-            torch.testing.assert_close(p.grad, grads[name], rtol=1e-3, atol=1e-6, msg=name)
 
 
 # --- the second crop and its codes --------------------------------------------------------------------
@@ -112,7 +101,7 @@ def test_beits_loss_is_the_mean_over_the_hidden_tokens_of_the_batch():
     torch.testing.assert_close(out.loss.double(), expected, rtol=1e-5, atol=0)
     right = (logits.argmax(-1) == token[hidden]).float().mean()
     torch.testing.assert_close(out.metrics["token_accuracy"], right)
-    same_gradients(method, expected, lambda: method(batch).loss)
+    assert_same_gradients(method, expected, lambda: method(batch).loss)
 
 
 def test_a_fresh_head_costs_the_logarithm_of_the_codes():
@@ -205,7 +194,7 @@ def test_caes_loss_and_gradients_are_those_of_the_paper():
     batch = make_batch(method)
     expected = written_out(method, batch)
     torch.testing.assert_close(method(batch).loss.double(), expected, rtol=1e-5, atol=0)
-    same_gradients(method, expected, lambda: method(batch).loss)
+    assert_same_gradients(method, expected, lambda: method(batch).loss)
 
 
 def test_half_of_the_patches_is_hidden_from_cae_exactly():

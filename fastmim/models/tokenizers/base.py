@@ -34,6 +34,7 @@ class Tokenizer(FP32Buffers):
     """Codes of uint8 images of 3 channels, whose sides are multiples of the stride."""
 
     config: TokenizerConfig
+    draws = True  # whether `picture` says what codes stand for
 
     def grid(self, image_BHWC: Tensor) -> tuple[int, int]:
         """Rows and columns of codes. ValueError for an image that it cannot take."""
@@ -51,7 +52,7 @@ class Tokenizer(FP32Buffers):
         raise NotImplementedError
 
     def picture(self, index_BN: Tensor, grid: tuple[int, int]) -> Tensor:
-        """What the codes stand for. `[B, h * w]` to `[B, H, W, 3]` uint8."""
+        """What the codes stand for, of a tokenizer that `draws`. `[B, h * w]` to `[B, H, W, 3]` uint8."""
         raise NotImplementedError
 
 

@@ -19,10 +19,9 @@ from fastmim.models.tokenizers.base import Tokenizer, TokenizerConfig, as_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
-class DVAEConfig(TokenizerConfig):
-    """The small discrete VAE."""
+class ConvConfig(TokenizerConfig):
+    """What tokenizers of strided convolutions have in common."""
 
-    kind: ClassVar[str] = "dvae"
     hidden: int = 256
     """Channels inside"""
     code_width: int = 512
@@ -45,6 +44,13 @@ class DVAEConfig(TokenizerConfig):
         """Convolutions of stride 2."""
         return int(math.log2(self.stride))
 
+
+@dataclass(frozen=True, kw_only=True)
+class DVAEConfig(ConvConfig):
+    """The small discrete VAE."""
+
+    kind: ClassVar[str] = "dvae"
+
     def build(self) -> "DVAE":
         return DVAE(self)
 
@@ -60,6 +66,24 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.net(x)
+
+
+def conv_encoder(c: ConvConfig, n_out: int) -> nn.Sequential:
+    """Images to so many values of each square."""
+    layers: list[nn.Module] = []
+    for stage in range(c.stages):
+        layers += [nn.Conv2d(c.hidden if stage else 3, c.hidden, 4, stride=2, padding=1), nn.ReLU()]
+    layers += (Residual(c.hidden) for _ in range(c.blocks))
+    return nn.Sequential(*layers, nn.Conv2d(c.hidden, n_out, 1))
+
+
+def conv_decoder(c: ConvConfig) -> nn.Sequential:
+    """The values of codes to images."""
+    layers: list[nn.Module] = [nn.Conv2d(c.code_width, c.hidden, 1)]
+    layers += (Residual(c.hidden) for _ in range(c.blocks))
+    for _ in range(c.stages):
+        layers += [nn.ConvTranspose2d(c.hidden, c.hidden, 4, stride=2, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Conv2d(c.hidden, 3, 1))
 
 
 class Codebook(nn.Module):
@@ -111,15 +135,8 @@ class DVAE(CodedVAE):
     def __init__(self, config: DVAEConfig):
         super().__init__()
         self.config, c = config, config
-        C, down, up = c.hidden, [], []
-        for i in range(c.stages):
-            down += [nn.Conv2d(C if i else 3, C, 4, stride=2, padding=1), nn.ReLU()]
-            up += [nn.ConvTranspose2d(C, C, 4, stride=2, padding=1), nn.ReLU()]
-        self.encoder = nn.Sequential(*down, *(Residual(C) for _ in range(c.blocks)), nn.Conv2d(C, c.codes, 1))
+        self.encoder, self.decoder = conv_encoder(c, c.codes), conv_decoder(c)
         self.codebook = Codebook(c.codes, c.code_width)
-        self.decoder = nn.Sequential(
-            nn.Conv2d(c.code_width, C, 1), *(Residual(C) for _ in range(c.blocks)), *up, nn.Conv2d(C, 3, 1)
-        )
 
     def scaled(self, image_BHWC: Tensor) -> Tensor:
         return image_BHWC.permute(0, 3, 1, 2).float() / 127.5 - 1

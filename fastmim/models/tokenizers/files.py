@@ -104,5 +104,5 @@ def dalle(tensors: dict[str, Tensor], file: Path) -> tuple[Tokenizer, dict[str, 
     tokenizer = config.build()
     if first is None:
         own = {name: t for name, t in tokenizer.state_dict().items() if name.startswith("decoder.")}
-        tensors = own | tensors
+        tensors, tokenizer.draws = own | tensors, False
     return tokenizer, tensors

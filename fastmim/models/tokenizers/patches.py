@@ -82,6 +82,7 @@ class RandomConfig(TokenizerConfig):
 
 
 class RandomProjections(Tokenizer):
+    draws = False
     projection_PE: Tensor
     code_KE: Tensor
 
@@ -102,8 +103,3 @@ class RandomProjections(Tokenizer):
         # the length of a projection changes no order
         found = [(x @ self.projection_PE @ self.code_KE.T).argmax(1) for x in x_RP.split(ROWS)]
         return torch.cat(found).view(-1, rows * columns)
-
-    def picture(self, index_BN: Tensor, grid: tuple[int, int]) -> Tensor:
-        raise ValueError(
-            "want a tokenizer that was trained to draw what codes stand for, got random projections"
-        )

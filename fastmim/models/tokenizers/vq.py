@@ -14,27 +14,19 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastmim.models.tokenizers.base import Tokenizer, TokenizerConfig, as_bytes
-from fastmim.models.tokenizers.dvae import DVAEConfig, Residual
+from fastmim.models.tokenizers.base import Tokenizer, as_bytes
+from fastmim.models.tokenizers.dvae import ConvConfig, conv_decoder, conv_encoder
 
 
 @dataclass(frozen=True, kw_only=True)
-class VQConfig(TokenizerConfig):
+class VQConfig(ConvConfig):
     """Nearest unit code of a convolutional encoder's output."""
 
     kind: ClassVar[str] = "vq"
-    hidden: int = 256
-    """Channels inside"""
     code_width: int = 32
     """Values of a code"""
-    blocks: int = 2
-    """Residual blocks on each side of the codes"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        DVAEConfig(codes=self.codes, stride=self.stride, hidden=self.hidden, code_width=self.code_width)
 
     def build(self) -> "VQ":
         return VQ(self)
@@ -47,16 +39,7 @@ class VQ(Tokenizer):
     def __init__(self, config: VQConfig):
         super().__init__()
         self.config, c = config, config
-        C, down, up = c.hidden, [], []
-        for i in range(DVAEConfig(stride=c.stride).stages):
-            down += [nn.Conv2d(C if i else 3, C, 4, stride=2, padding=1), nn.ReLU()]
-            up += [nn.ConvTranspose2d(C, C, 4, stride=2, padding=1), nn.ReLU()]
-        self.encoder = nn.Sequential(
-            *down, *(Residual(C) for _ in range(c.blocks)), nn.Conv2d(C, c.code_width, 1)
-        )
-        self.decoder = nn.Sequential(
-            nn.Conv2d(c.code_width, C, 1), *(Residual(C) for _ in range(c.blocks)), *up, nn.Conv2d(C, 3, 1)
-        )
+        self.encoder, self.decoder = conv_encoder(c, c.code_width), conv_decoder(c)
         self.register_buffer("code_KE", F.normalize(torch.randn(c.codes, c.code_width), dim=1))
 
     @property
