@@ -22,11 +22,8 @@ from torch import Tensor
 
 Flat = Mapping[str, Tensor]
 BOOKKEEPING = ("num_batches_tracked", "relative_position_index")
-MLP = {
-    "0": "0",
-    "2": "1",
-    "4": "2",
-}  # Linear layers among GELUs, and in `Head`, whose Linear layers have GELU
+# Linear layers stand among GELUs there; in `Head` they have the GELU
+MLP = {"0": "0", "2": "1", "4": "2"}
 
 
 def under_our_names(flat: dict[str, Tensor]) -> dict[str, Tensor]:
