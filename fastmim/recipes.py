@@ -6,6 +6,7 @@ other data: `imagenet` leaves it as it is.
 """
 
 import dataclasses
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -414,5 +415,5 @@ TOKENIZER_RECIPES: dict[str, Callable[[], Run]] = {
     "vq": vq,
     "kmeans": kmeans,
 }
-RECIPES = METHOD_RECIPES | TOKENIZER_RECIPES
+RECIPES = ChainMap(TOKENIZER_RECIPES, METHOD_RECIPES)  # iterates over methods, then tokenizers
 SCALES: dict[str, Callable[[Run], Run]] = {"imagenet": imagenet, "cifar10": cifar10, "sample": sample}
