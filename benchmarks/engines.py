@@ -237,12 +237,14 @@ def synthetic(method: Method, channels: int, size: int, device: str = DEVICE) ->
         for v in method.crops
     )
     ids = torch.arange(size)
-    return Batch(crops, sample_seeds(0, 0, ids).to(device), ids, 0)
+    labels = (ids % 2).to(device) if method.config.labeled else None
+    return Batch(crops, sample_seeds(0, 0, ids).to(device), ids, 0, labels)
 
 
 def first(batch: Batch, size: int, device: str) -> Batch:
     crops = tuple(crop[:size].to(device) for crop in batch.crops)
-    return Batch(crops, batch.seeds_B[:size].to(device), batch.ids_B[:size], batch.epoch)
+    labels = None if batch.labels_B is None else batch.labels_B[:size].to(device)
+    return Batch(crops, batch.seeds_B[:size].to(device), batch.ids_B[:size], batch.epoch, labels)
 
 
 def repeated(batch: Batch) -> Iterator[Batch]:

@@ -189,7 +189,8 @@ def traced(method: MethodConfig, model: ViTConfig, batch: int, precision: str) -
         numbers = torch.empty(batch, dtype=torch.int64)
         recorder = Recorder(built)
         with recorder:
-            loss = built(Batch(crops, numbers, numbers, 0)).loss
+            labels = numbers if method.labeled else None
+            loss = built(Batch(crops, numbers, numbers, 0, labels)).loss
             recorder.stage = "backward"
             loss.backward()
     return built, recorder.ops

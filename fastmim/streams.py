@@ -25,9 +25,12 @@ MASK = Stream(0, 1)  # what the first branch sees
 SECOND_MASK = Stream(1, 1)  # what the second branch sees, where that is a draw of its own
 MORE_MASKS = Stream(2, 62)  # masks of further crops, and further masks of one crop
 CUTMIX = Stream(90, 1)  # the box of CutMix, and which images are partners
+MIXING = Stream(91, 1)  # Mixup or CutMix of a block of images, by the seed of its first
+ERASING = Stream(92, 2)  # which box is erased, and the noise in its place
 BOXES = Stream(100, 100)  # where a crop is cut, and whether it is flipped, by `Crop.box`
 WINDOWS = Stream(200, 100)  # how far a window lies below and right of its master, by `Crop.draw`
 COLORS = Stream(300, 100)  # jitter, gray, blur and solarize, by `Crop.draw`
+RAND_AUGMENT = Stream(400, 100)  # operations and their strengths, by `Crop.draw`
 GUMBEL = Stream(600, 1)  # which codes a discrete VAE mixes
 DROP_PATH = Stream(700, 3)  # which samples skip which branches of which blocks: encoder, regressor, decoder
 
@@ -36,9 +39,12 @@ STREAMS: dict[str, Stream] = {
     "second mask": SECOND_MASK,
     "more masks": MORE_MASKS,
     "cutmix": CUTMIX,
+    "mixing": MIXING,
+    "erasing": ERASING,
     "boxes": BOXES,
     "windows": WINDOWS,
     "colors": COLORS,
+    "rand augment": RAND_AUGMENT,
     "gumbel": GUMBEL,
     "drop path": DROP_PATH,
 }

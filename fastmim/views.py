@@ -5,7 +5,7 @@ that order. Neither side knows the other. Numbers say what crops share:
 
     box    what is cut out of the image, and the flip: C-MAE's two crops, BEiT's image and its half-size copy
            have one; the crops of DINO, iBOT and MoCo v3 one each
-    draw   the colors, and the corner of a window: BEiT's two have one, C-MAE's one each
+    draw   the colors, RandAugment, and the corner of a window: BEiT's two have one, C-MAE's one each
 """
 
 from collections.abc import Sequence
@@ -51,6 +51,24 @@ BEIT = Color(brightness=0.4, contrast=0.4, saturation=0.4, jitter=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
+class RandAugment:
+    """RandAugment (arXiv:1909.13719) as timm writes it `rand-m9-mstd0.5-inc1`, which fine-tuning takes."""
+
+    layers: int = 2  # operations, one after the other
+    magnitude: float = 9.0  # mean of how strong an operation is, of 10
+    deviation: float = 0.5  # and how far that goes up and down
+    probability: float = 0.5  # of each operation that was drawn
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.layers <= 20 or not 0 <= self.magnitude <= 10 or self.deviation < 0:
+            raise ValueError(
+                f"want 1 to 20 layers, a magnitude from 0 to 10 and a deviation >= 0, got {self}"
+            )
+        if not 0 <= self.probability <= 1:
+            raise ValueError(f"want a probability from 0 to 1, got {self}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Crop:
     """One image per sample: a random crop, resized to `size` (H, W) pixels, flipped and colored at random.
 
@@ -68,7 +86,8 @@ class Crop:
     master: tuple[int, int] | None = None
     shift: int = 0
     color: Color | None = None
-    draw: int = 0  # which draw of colors and window
+    rand_augment: RandAugment | None = None  # after the colors; made on the CPU
+    draw: int = 0  # which draw of colors, operations and window
 
     def __post_init__(self) -> None:
         lo, hi = self.scale
@@ -108,3 +127,4 @@ class Batch:
     seeds_B: Tensor  # int64 [B], same device: one seed per sample, a function of (seed, epoch, sample id)
     ids_B: Tensor  # int64 [B], on the CPU: sample ids, for reports
     epoch: int
+    labels_B: Tensor | None = None  # int64 [B], on the training device, for a method that asks for labels

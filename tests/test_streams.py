@@ -28,9 +28,8 @@ def test_the_table_has_all_of_them():
 def test_the_numbers_are_those_that_runs_have_been_made_with():
     first = {name: stream.first for name, stream in STREAMS.items()}
     assert first == {
-        "mask": 0, "second mask": 1, "more masks": 2, "cutmix": 90, "boxes": 100,
-        "windows": 200, "colors": 300,
-        "gumbel": 600, "drop path": 700,
+        "mask": 0, "second mask": 1, "more masks": 2, "cutmix": 90, "mixing": 91, "erasing": 92, "boxes": 100,
+        "windows": 200, "colors": 300, "rand augment": 400, "gumbel": 600, "drop path": 700,
     }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,9 @@ def open_work(name: str, folder: Path, a: argparse.Namespace, stack: ExitStack) 
     data = DataConfig(path=folder, decoder=a.decoder, threads=a.threads)
     loader = open_loader(find_images(folder), method.crops, a.batch, config=data, channels=model.channels)
     batches = iter(stack.enter_context(loader))
+    if config.labeled:  # which ones takes no time: any folder serves
+        zeros = torch.zeros(a.batch, dtype=torch.int64, device=DEVICE)
+        batches = (replace(batch, labels_B=zeros) for batch in batches)
     return Work(engine, method, batches, synthetic(method, model.channels, a.batch), model)
 
 

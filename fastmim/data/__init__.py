@@ -3,7 +3,7 @@
 from fastmim.data.config import DataConfig
 from fastmim.data.decode.choose import check_decoder, why_no_dali
 from fastmim.data.feed.bad import BadImages
-from fastmim.data.feed.loader import Loader, open_loader
+from fastmim.data.feed.loader import Loader, labels_of, open_loader
 from fastmim.data.feed.order import SampleOrder
 from fastmim.data.feed.sizes import Sizes, look_at_sizes
 from fastmim.data.sources.memory import MemoryImages
@@ -19,6 +19,7 @@ __all__ = [
     "Sizes",
     "check_decoder",
     "find_images",
+    "labels_of",
     "look_at_sizes",
     "open_loader",
     "why_no_dali",

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from fastmim_kernels.attention import choose_attention
 
-from fastmim.data import DataConfig, Images
+from fastmim.data import DataConfig, Images, labels_of
 from fastmim.methods.base import MethodConfig
 from fastmim.models.vit import ViTConfig
 from fastmim.optim import OptimConfig
@@ -106,6 +106,8 @@ def make_plan(run: Run, images: Images, *, world: int, device: Literal["cuda", "
         raise ValueError(f"batch: want at most the {num_samples} {there}, got {run.batch}")
     micro_batch = run.batch // (world * run.accumulate)
     run.method.check_batch(micro_batch, world)
+    if run.method.labeled:
+        run.method.check_classes(1 + int(labels_of(images).max()))
     steps_per_epoch, left_out = divmod(num_samples, run.batch)
     total = run.steps if run.steps is not None else max(1, round(run.epochs * steps_per_epoch))
     notes = []

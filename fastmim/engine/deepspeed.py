@@ -147,8 +147,6 @@ def wrap(method: Method, run: Run, plan: Plan) -> tuple[deepspeed.DeepSpeedEngin
     """The method under DeepSpeed, with its optimizer, and the groups that this was made of."""
     groups = groups_of(method, run)
     # apart, for DeepSpeed puts shards in the place of the parameters
-    # apart, for DeepSpeed puts shards in the place of the parameters
-    # apart, for DeepSpeed puts shards in the place of the parameters
     kept = [{**group, "params": list(group["params"])} for group in groups]
     by_deepspeed = run.optim.name == "deepspeed"
     engine, *_ = deepspeed.initialize(

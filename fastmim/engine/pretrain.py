@@ -299,6 +299,7 @@ def loader_of(p: Prepared, start_step: int) -> Loader:
         bad_samples=p.run_dir / "bad_samples.jsonl",
         start_step=start_step,
         sizes=p.sizes,
+        labeled=run.method.labeled,
     )
 
 

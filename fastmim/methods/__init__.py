@@ -14,6 +14,7 @@ from fastmim.methods.mae import MAEConfig
 from fastmim.methods.mocov3 import MoCoV3Config
 from fastmim.methods.rmae import RMAEConfig
 from fastmim.methods.simmim import SimMIMConfig
+from fastmim.methods.supervised import SupervisedConfig
 from fastmim.models.vit import ViTConfig
 
 METHODS: dict[str, type[MethodConfig]] = {
@@ -28,6 +29,7 @@ METHODS: dict[str, type[MethodConfig]] = {
     "mocov3": MoCoV3Config,  # Chen et al., arXiv:2104.02057
     "dino": DINOConfig,  # Caron et al., arXiv:2104.14294
     "cae": CAEConfig,  # Chen et al., arXiv:2202.03026
+    "supervised": SupervisedConfig,  # the tables' baseline, arXiv:2208.04164
 }
 
 

@@ -13,7 +13,8 @@
     data2vec    one crop                 40 %, mask tokens  EMA of f, several blocks   smooth l1
     mocov3      two crops                all                EMA of f on the other      InfoNCE across ranks
     dino        2 large, 8 small crops   all                EMA of f on large crops    cross entropy, centered
-    cae         one box, two sizes       25 %               f itself; a tokenizer      cross entropy, l2
+    cae         one box, two sizes       50 %               f itself; a tokenizer      cross entropy, l2
+    supervised  one crop, augmented      all                the label                  cross entropy
 
 A method sees three things: the uint8 crops and the seeds of a `Batch`; index tensors for what is visible and
 what is scored, drawn from the seeds; and `ranks`, through which it gathers keys, or takes means, over the
@@ -43,6 +44,7 @@ class MethodConfig:
     """Choices of one method, and the facts of it that others derive theirs from; subclasses name fields."""
 
     name: ClassVar[str]
+    labeled: ClassVar[bool] = False  # whether its batches must have labels
     couples_batch: ClassVar[bool] = False  # whether the loss of an image depends on the others beside it
     variants: ClassVar[Mapping[str, Variant]] = {}  # other rows of the paper's tables: --variant
     scales: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # by --recipe: fields that it changes beside sizes
@@ -60,6 +62,9 @@ class MethodConfig:
 
     def check_batch(self, micro_batch: int, ranks: int) -> None:
         """ValueError if the method cannot work on micro-batches of this many images on each of the ranks."""
+
+    def check_classes(self, classes: int) -> None:
+        """ValueError if a method with labels cannot tell so many classes apart."""
 
     def small_encoder(self, model: ViTConfig) -> ViTConfig:
         """An encoder of about this size that the method can have; of a ViT it is this one."""

@@ -19,6 +19,7 @@ from tests.engine.test_resume import assert_same, train_and_resume
 
 OTHERS = tuple(name for name in METHODS if name not in ("mae", "rmae"))  # theirs is test_resume
 CHANGES = {
+    "supervised": {"classes": 3, "mix_block": 4},
     "cmae": {"hidden": 24, "out": 16},
     "cmae_huang": {"hidden": 24, "out": 16, "shift": 3, "feature_depth": 1},
 }

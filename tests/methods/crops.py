@@ -17,7 +17,8 @@ def make_batch(method: Method, size: int = 4, epoch: int = 0, first: int = 0) ->
         images = torch.randint(0, 256, (16, *crop.size, 3), generator=rng, dtype=torch.uint8)
         crops.append(images[first : first + size])
     ids = torch.arange(first, first + size)
-    return Batch(tuple(crops), sample_seeds(0, 0, ids), ids, epoch)
+    labels = ids % 3 if method.config.labeled else None
+    return Batch(tuple(crops), sample_seeds(0, 0, ids), ids, epoch, labels)
 
 
 def assert_same_gradients(

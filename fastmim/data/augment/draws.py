@@ -1,12 +1,12 @@
-"""All that is drawn for the crops of a micro-batch: boxes, flips, windows, colors. Functions of the
-samples' seeds.
+"""All that is drawn for the crops of a micro-batch: boxes, flips, windows, colors, RandAugment. Functions of
+the samples' seeds.
 
 Draws   words 0 and 1 of stream WINDOWS + draw: how far down and how far right a window of a master lies.
-        Boxes are drawn in crop.py, colors in color.py.
+        Boxes are drawn in crop.py, colors in color.py, operations in rand_augment.py.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from fastmim_kernels.philox import draw_uniform
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastmim.data.augment.color import ColorDraws, draw_colors
 from fastmim.data.augment.crop import by_box, draw_boxes
+from fastmim.data.augment.rand_augment import Operation, draw_operations
 from fastmim.streams import WINDOWS
 from fastmim.views import Crop
 
@@ -26,6 +27,7 @@ class Draws:
     flips: dict[int, np.ndarray]  # box -> bool [B]
     windows: dict[int, Tensor]  # draw -> int64 [B, 2], (top, left) in the master
     colors: dict[int, ColorDraws]  # index of a crop that has colors
+    operations: dict[int, list[list[Operation]]] = field(default_factory=dict)  # of one with RandAugment
 
 
 def check_crops(crops: Sequence[Crop]) -> tuple[Crop, ...]:
@@ -46,6 +48,11 @@ def draw_crops(seeds_B: Tensor, sizes_B2: np.ndarray, crops: Sequence[Crop]) -> 
         flips={box: flips for box, (_, flips) in drawn.items()},
         windows={crop.draw: draw_windows(seeds_B, crop) for crop in crops if crop.shift},
         colors={i: draw_colors(seeds_B, v.color, v.draw) for i, v in enumerate(crops) if v.color is not None},
+        operations={
+            i: draw_operations(seeds_B, v.rand_augment, v.draw)
+            for i, v in enumerate(crops)
+            if v.rand_augment is not None
+        },
     )
 
 

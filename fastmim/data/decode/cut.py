@@ -1,4 +1,4 @@
-"""Crops out of decoded images: cut, resized, flipped and colored, the same after every decoder."""
+"""Crops out of decoded images: cut, resized, flipped, colored and augmented, the same after every decoder."""
 
 from collections.abc import Sequence
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastmim.data.augment.color import apply_colors
 from fastmim.data.augment.draws import Draws
+from fastmim.data.augment.rand_augment import apply_operations
 from fastmim.views import Crop
 
 
@@ -31,6 +32,8 @@ def cut_crops(crops: Sequence[Crop], images: Sequence[Tensor], draws: Draws) -> 
             pixels = window(pixels, crop, draws)
         if crop.color is not None:
             pixels = apply_colors(pixels, draws.colors[i])
+        if crop.rand_augment is not None:
+            pixels = apply_operations(pixels, draws.operations[i])
         cut.append(pixels)
     return tuple(cut)
 

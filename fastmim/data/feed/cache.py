@@ -26,7 +26,7 @@ from fastmim.data.decode.choose import make_decoder
 from fastmim.data.decode.cut import cut_crops, to_device
 from fastmim.data.feed.bad import BadFiles
 from fastmim.data.feed.sizes import Sizes, bar, bytes_as_text, cache_device, look_at_sizes
-from fastmim.data.feed.supply import Place
+from fastmim.data.feed.supply import Place, Served
 from fastmim.data.feed.whole import decode_all
 from fastmim.data.sources.images import Images
 from fastmim.views import Crop
@@ -41,6 +41,7 @@ class Cache:
     buffer: Tensor  # uint8
     starts_N: np.ndarray  # int64: bytes before each
     sizes_N2: np.ndarray  # int64 (height, width)
+    shown_N: np.ndarray  # int64: which image each entry is
     channels: int
 
     def images(self, images_B: np.ndarray) -> list[Tensor]:
@@ -57,12 +58,13 @@ class CacheSupply:
         self._cache: Cache | None = cache
         self._crops, self._device = crops, device
 
-    def serve(self, places: Iterator[Place]) -> Iterator[tuple[Place, tuple[Tensor, ...]]]:
+    def serve(self, places: Iterator[Place]) -> Iterator[Served]:
         while self._cache is not None:
             place = next(places)
             draws = draw_crops(place.seeds_B, self._cache.sizes_N2[place.images_B], self._crops)
             crops = cut_crops(self._crops, self._cache.images(place.images_B), draws)
-            yield place, tuple(to_device(crop, self._device) for crop in crops)
+            crops = tuple(to_device(crop, self._device) for crop in crops)
+            yield Served(place, crops, self._cache.shown_N[place.images_B])
 
     def close(self) -> None:
         self._cache = None
@@ -93,7 +95,7 @@ def fill(
         )
     starts_N = sizes.bytes_N.cumsum() - sizes.bytes_N
     buffer = torch.empty(sizes.total, dtype=torch.uint8, device=where)
-    cache = Cache(buffer, starts_N, sizes.sizes_N2, channels)
+    cache = Cache(buffer, starts_N, sizes.sizes_N2, np.arange(len(images)), channels)
     with closing(
         make_decoder(
             config.decoder,
@@ -116,4 +118,4 @@ def fill(
             else:
                 place.copy_(image)
     shown_N = np.array([bad.replacement(image_id) for image_id in range(len(images))])
-    return Cache(buffer, starts_N[shown_N], sizes.sizes_N2[shown_N], channels)
+    return Cache(buffer, starts_N[shown_N], sizes.sizes_N2[shown_N], shown_N, channels)

@@ -18,8 +18,9 @@ from fastmim.data.augment.draws import draw_crops
 from fastmim.data.config import DataConfig
 from fastmim.data.decode.choose import make_decoder
 from fastmim.data.decode.contract import Rejected, Request
+from fastmim.data.decode.cut import to_device
 from fastmim.data.feed.bad import BadFiles, Read, try_read
-from fastmim.data.feed.supply import Place
+from fastmim.data.feed.supply import Place, Served
 from fastmim.data.sources.images import Images
 from fastmim.views import Crop
 
@@ -52,6 +53,9 @@ class FileSupply:
         device: torch.device,
     ):
         self._images, self._crops, self._bad, self._ahead = images, crops, bad, config.prefetch
+        self._device = device
+        if any(crop.rand_augment for crop in crops):  # it works on the CPU: nothing goes there and back
+            device = torch.device("cpu")
         self._reading: deque[Micro] = deque()
         self._decoding: deque[Micro] = deque()
         threads = config.num_threads()
@@ -70,13 +74,14 @@ class FileSupply:
         self._open.callback(self._decoder.close)
         self._open.callback(self._readers.shutdown, wait=False, cancel_futures=True)
 
-    def serve(self, places: Iterator[Place]) -> Iterator[tuple[Place, tuple[Tensor, ...]]]:
+    def serve(self, places: Iterator[Place]) -> Iterator[Served]:
         while True:
             self._keep_busy(places)
             crops = self._result()
             micro = self._decoding.popleft()
             self._keep_busy(places)  # before the caller computes, so that decoding goes on meanwhile
-            yield micro.place, crops
+            crops = tuple(to_device(crop, self._device) for crop in crops)
+            yield Served(micro.place, crops, np.array(micro.sources))
 
     def close(self) -> None:
         self._open.close()

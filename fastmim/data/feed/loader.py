@@ -9,7 +9,7 @@ Nothing is remembered that changes a batch, so a loader that starts at step n gi
 of its own, so other crops, colors and masks.
 
 Bad files: the slot of a file that cannot be decoded gets the bytes of the next image (cyclically) that can,
-but keeps the key of its own. The batch is the one of a folder where the bad file held these bytes.
+and its label, but keeps the seed of its own.
 """
 
 import tempfile
@@ -19,6 +19,7 @@ from typing import Self
 
 import torch
 from fastmim_kernels.philox import sample_seeds
+from torch import Tensor
 
 from fastmim.data.augment.draws import check_crops
 from fastmim.data.config import DataConfig
@@ -37,7 +38,8 @@ class Loader:
     """Iterator over the `Batch`es of one rank. Close it, or use it in a `with`.
 
     With a cache all images are decoded here, first; `sizes` is what `look_at_sizes` said of them, if it was
-    asked before. BadImages when more files are bad than `config` allows.
+    asked before. Batches have labels where these are asked for. BadImages when more files are bad than
+    `config` allows; ValueError for labels that the images do not have.
     """
 
     def __init__(
@@ -53,11 +55,13 @@ class Loader:
         bad_samples: Path,
         start_step: int = 0,
         sizes: Sizes | None = None,
+        labeled: bool = False,
     ):
         wanted = config.samples_per_epoch(len(images))
         if order.num_samples != wanted:
             raise ValueError(f"want an order of {wanted} samples, got one of {order.num_samples}")
         self._num_images, self._order, self._seed, self._device = len(images), order, seed, device
+        self._labels = labels_of(images) if labeled else None
         crops = check_crops(crops)
         bad = BadFiles(images, config, bad_samples, rank=order.rank)
         self._supply: Supply
@@ -78,11 +82,14 @@ class Loader:
 
     def __next__(self) -> Batch:
         try:
-            place, crops = next(self._served)
+            place, crops, shown_B = next(self._served)
         except BaseException:
             self.close()
             raise
-        return Batch(crops, to_device(place.seeds_B, self._device), place.ids_B, place.epoch)
+        labels_B = None
+        if self._labels is not None:
+            labels_B = to_device(self._labels[torch.from_numpy(shown_B)], self._device)
+        return Batch(crops, to_device(place.seeds_B, self._device), place.ids_B, place.epoch, labels_B)
 
     def close(self) -> None:
         """Stop reading and decoding; may be called again."""
@@ -104,6 +111,16 @@ class Loader:
             step += 1
 
 
+def labels_of(images: Images) -> Tensor:
+    """The label of each image, int64 `[N]`. ValueError for images without."""
+    if images.labels is None:
+        raise ValueError(
+            f"data.path: want labeled images (a folder for each class, a list with labels, or labels in the "
+            f"shards), got {images.root} without"
+        )
+    return torch.from_numpy(images.labels).long()
+
+
 def open_loader(
     images: Images,
     crops: Sequence[Crop],
@@ -114,10 +131,12 @@ def open_loader(
     seed: int = 0,
     device: torch.device | None = None,
     bad_samples: Path | None = None,
+    labeled: bool = False,
 ) -> Loader:
     """A loader for one process, as a script wants it: these crops, in micro-batches of `batch` images.
 
-    By default for the current CUDA device if there is one; bad images are named in a temporary file.
+    By default for the current CUDA device if there is one; bad images are named in a temporary file. With
+    labels where they are asked for.
     """
     config = config or DataConfig()
     if device is None:
@@ -129,4 +148,5 @@ def open_loader(
     return Loader(
         images, crops, order,
         config=config, channels=channels, seed=seed, device=device, bad_samples=bad_samples,
+        labeled=labeled,
     )  # fmt: skip

@@ -8,7 +8,7 @@ A supply decides nothing: from any of them the same place has the same crops.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -25,9 +25,17 @@ class Place:
     images_B: np.ndarray  # int64: sample ids, modulo the number of images
 
 
+class Served(NamedTuple):
+    """A place and what is shown there."""
+
+    place: Place
+    crops: tuple[Tensor, ...]  # uint8 [B, H, W, C], on the training device, in the order asked for
+    shown_B: np.ndarray  # int64: the image in each slot, another than the place's where that one is bad
+
+
 class Supply(Protocol):
-    def serve(self, places: Iterator[Place]) -> Iterator[tuple[Place, tuple[Tensor, ...]]]:
-        """The places and their crops, uint8 `[B, H, W, C]` on the training device, in the same order.
+    def serve(self, places: Iterator[Place]) -> Iterator[Served]:
+        """The places, in the same order, with their crops.
 
         Takes places ahead of what it gives. BadImages when too many images cannot be decoded.
         """
