@@ -66,7 +66,7 @@ def open_work(name: str, folder: Path, a: argparse.Namespace, stack: ExitStack) 
     engine = make_engine(method, config, model, a)
     data = DataConfig(path=folder, decoder=a.decoder, threads=a.threads)
     loader = open_loader(find_images(folder), method.crops, a.batch, config=data, channels=model.channels)
-    batches = iter(stack.enter_context(loader))
+    batches: Iterator[Batch] = iter(stack.enter_context(loader))
     if config.labeled:  # which ones takes no time: any folder serves
         zeros = torch.zeros(a.batch, dtype=torch.int64, device=DEVICE)
         batches = (replace(batch, labels_B=zeros) for batch in batches)

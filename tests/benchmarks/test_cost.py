@@ -27,6 +27,7 @@ from fastmim.methods import (
     MoCoV3Config,
     RMAEConfig,
     SimMIMConfig,
+    SupervisedConfig,
     suited,
 )
 from fastmim.methods.base import MethodConfig
@@ -76,7 +77,7 @@ def left_out(method: MethodConfig, model: ViTConfig) -> int:
         codes = method.bottleneck * method.out
         head = sum(n_in * n_out for n_in, n_out in pairwise(widths))
         return 6 * rows * head + 2 * rows * codes - 2 * codes // BATCH  # and the mean point of a batch
-    if isinstance(method, DINOConfig | Data2VecConfig | MoCoV3Config | BEiTConfig):
+    if isinstance(method, DINOConfig | Data2VecConfig | MoCoV3Config | BEiTConfig | SupervisedConfig):
         return 0
     if isinstance(method, CAEConfig):  # each half is embedded by itself, once with a gradient
         hidden = hidden_count("", model, method.mask_ratio)
