@@ -1,7 +1,8 @@
-"""fastmim <command>: train, tokenizer, export, data, knn, ridge, doctor.
+"""fastmim <command>: train, tokenizer, methods, export, data, knn, ridge, doctor.
 
 fastmim train --method rmae             what `python fastmim/train.py` does, in one process
 fastmim tokenizer train --tokenizer dvae  codes for BEiT and CAE to predict; also: dvae_large, vq, kmeans
+fastmim methods                         what can be trained: T1, T2, M, and what a step costs
 fastmim export RUN_DIR mae.pth          a run's weights as a checkpoint of facebookresearch/mae
 fastmim data pack SRC DST               a set as tar shards, which are read fastest (--short-side 256)
 fastmim data verify|index|stats PATH    which images are bad; index it anew; what it is like
@@ -12,6 +13,7 @@ fastmim doctor [--json]                 what this machine will run on, and why
 import difflib
 import sys
 from collections.abc import Callable
+from functools import partial
 
 
 def train(arguments: list[str]) -> None:
@@ -28,6 +30,12 @@ def tokenizer(arguments: list[str]) -> None:
         train(given)
 
 
+def methods(arguments: list[str]) -> None:
+    from fastmim.commands import methods as command
+
+    command.main(arguments)
+
+
 def export(arguments: list[str]) -> None:
     from fastmim.commands import export as command
 
@@ -40,16 +48,10 @@ def data(arguments: list[str]) -> None:
     command.main(arguments)
 
 
-def knn(arguments: list[str]) -> None:
+def probe(kind: str, arguments: list[str]) -> None:
     from fastmim.commands import probe as command
 
-    command.main("knn", arguments)
-
-
-def ridge(arguments: list[str]) -> None:
-    from fastmim.commands import probe as command
-
-    command.main("ridge", arguments)
+    command.main(kind, arguments)
 
 
 def doctor(arguments: list[str]) -> None:
@@ -61,10 +63,11 @@ def doctor(arguments: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "tokenizer": tokenizer,
+    "methods": methods,
     "export": export,
     "data": data,
-    "knn": knn,
-    "ridge": ridge,
+    "knn": partial(probe, "knn"),
+    "ridge": partial(probe, "ridge"),
     "doctor": doctor,
 }
 

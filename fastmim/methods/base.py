@@ -2,19 +2,7 @@
 
     L = E over x of M(f(T1(x)), f(T2(x)))                        Kong & Zhang, arXiv:2208.04164, Eq. 1
 
-    method      crops of a sample        T1 sees            second branch              M
-    mae         one crop                 25 % of patches    the pixels                 l2 to hidden pixels
-    rmae        one crop                 25 %               f on the other 75 %        l2 of decodes, anchor
-    cmae        one crop, two colors    25 %, mask tokens  EMA of f, other 75 %       InfoNCE per token
-    cmae_huang  a crop and its shift     35 %               EMA of f on all            l2, InfoNCE of pools
-    simmim      one crop                 40 %, mask tokens  the pixels                 l1 to hidden pixels
-    beit        one box, two sizes       60 %, mask tokens  a frozen tokenizer         cross entropy
-    ibot        2 large, 10 small crops  mask tokens        EMA of f on whole crops    cross entropy, centered
-    data2vec    one crop                 40 %, mask tokens  EMA of f, several blocks   smooth l1
-    mocov3      two crops                all                EMA of f on the other      InfoNCE across ranks
-    dino        2 large, 8 small crops   all                EMA of f on large crops    cross entropy, centered
-    cae         one box, two sizes       50 %               f itself; a tokenizer      cross entropy, l2
-    supervised  one crop, augmented      all                the label                  cross entropy
+`fastmim methods` prints what these are in each: every paper's `about`.
 
 A method sees three things: the uint8 crops and the seeds of a `Batch`; index tensors for what is visible and
 what is scored, drawn from the seeds; and `ranks`, through which it gathers keys, or takes means, over the
@@ -40,10 +28,22 @@ from fastmim.views import Batch, Crop
 
 
 @dataclass(frozen=True, kw_only=True)
+class About:
+    """A method in a line of the README's table, in Markdown."""
+
+    paper: str = ""
+    t1: str = ""  # what the first transformation shows
+    t2: str = ""  # what the second branch is
+    similarity: str = ""  # M
+    needs: str = ""  # beside images
+
+
+@dataclass(frozen=True, kw_only=True)
 class MethodConfig:
     """Choices of one method, and the facts of it that others derive theirs from; subclasses name fields."""
 
     name: ClassVar[str]
+    about: ClassVar[About] = About()
     labeled: ClassVar[bool] = False  # whether its batches must have labels
     couples_batch: ClassVar[bool] = False  # whether the loss of an image depends on the others beside it
     variants: ClassVar[Mapping[str, Variant]] = {}  # other rows of the paper's tables: --variant

@@ -21,7 +21,7 @@ from fastmim_kernels import block_mask
 from torch import Tensor, nn
 
 from fastmim.group import Group
-from fastmim.methods.base import Output, Reconstruction
+from fastmim.methods.base import About, Output, Reconstruction
 from fastmim.methods.masking import check_ratio, first_hidden, hidden_count, taken
 from fastmim.methods.tokens import TokensConfig, TokensMethod, token_loss
 from fastmim.methods.work import Linear, Stack, Work
@@ -37,6 +37,13 @@ class BEiTConfig(TokensConfig):
     """BEiT (arXiv:2106.08254)."""
 
     name: ClassVar[str] = "beit"
+    about: ClassVar[About] = About(
+        paper="Bao et al., arXiv:2106.08254",
+        t1="up to 75 of 196 patches hidden in blocks, mask tokens",
+        t2="a frozen tokenizer on the same box",
+        similarity="cross entropy of hidden tokens",
+        needs="`--method.tokenizer`",
+    )
     encoder: ClassVar = {
         "positions": "relative", "layer_scale": 0.1, "drop_path": 0.1, "qkv_bias": "qv", "init": "beit",
     }  # fmt: skip

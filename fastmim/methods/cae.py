@@ -21,7 +21,7 @@ from fastmim_kernels import block_mask, split_mask
 from torch import Tensor, nn
 
 from fastmim.group import Group
-from fastmim.methods.base import Output, Reconstruction
+from fastmim.methods.base import About, Output, Reconstruction
 from fastmim.methods.health import collapse, health
 from fastmim.methods.masking import check_ratio, hidden_count
 from fastmim.methods.tokens import TokensConfig, TokensMethod, token_loss
@@ -41,6 +41,13 @@ class CAEConfig(TokensConfig):
     """CAE (arXiv:2202.03026)."""
 
     name: ClassVar[str] = "cae"
+    about: ClassVar[About] = About(
+        paper="Chen et al., arXiv:2202.03026",
+        t1="50 %",
+        t2="f itself on the other 50 %, a frozen tokenizer",
+        similarity="cross entropy and l2",
+        needs="`--method.tokenizer`",
+    )
     encoder: ClassVar = {"layer_scale": 0.1, "drop_path": 0.1, "qkv_bias": "qv", "init": "cae"}
     mask_ratio: float = 0.5
     """Fraction of the patches that blocks hide, exactly"""

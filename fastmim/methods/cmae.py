@@ -39,7 +39,7 @@ from fastmim_kernels import split_patches
 from fastmim_kernels.info_nce import MAX_D
 from torch import Tensor, nn
 
-from fastmim.methods.base import Method, MethodConfig, Output
+from fastmim.methods.base import About, Method, MethodConfig, Output
 from fastmim.methods.contrast import Distance, Keys, Negatives, compare_tokens
 from fastmim.methods.health import collapse, health
 from fastmim.methods.masking import check_ratio, num_seen_checked
@@ -62,6 +62,12 @@ class CMAEConfig(MethodConfig):
     """C-MAE of Kong & Zhang (arXiv:2208.04164)."""
 
     name: ClassVar[str] = "cmae"
+    about: ClassVar[About] = About(
+        paper="Kong & Zhang, arXiv:2208.04164",
+        t1="25 %, mask tokens",
+        t2="EMA of f on the other 75 %, other colors",
+        similarity="InfoNCE per token, or BYOL's; `--variant` names the rows of the paper's tables",
+    )
     # arXiv:2208.04164: accuracy of ViT-B on ImageNet-1k after fine-tuning, 100 epochs of each
     variants: ClassVar = {
         "cls": Variant(changes={"compare": "cls"}, expected="82.5 % (Table 3)"),

@@ -25,7 +25,7 @@ from fastmim_kernels import split_patches, split_patches_grouped
 from torch import Tensor, nn
 
 from fastmim.group import Group
-from fastmim.methods.base import Method, MethodConfig, Output, Reconstruction
+from fastmim.methods.base import About, Method, MethodConfig, Output, Reconstruction
 from fastmim.methods.contrast import Keys, compare_tokens
 from fastmim.methods.health import collapse, health
 from fastmim.methods.losses import pixel_loss
@@ -47,6 +47,12 @@ class CMAEHuangConfig(MethodConfig):
     """CMAE (arXiv:2207.13532)."""
 
     name: ClassVar[str] = "cmae_huang"
+    about: ClassVar[About] = About(
+        paper="Huang et al., arXiv:2207.13532",
+        t1="35 %",
+        t2="EMA of f on a shifted, colored view",
+        similarity="l2 on hidden patches and InfoNCE of pools",
+    )
     couples_batch: ClassVar[bool] = True
     variants: ClassVar = {
         "paper": Variant(changes={"mask": "uniform", "mask_ratio": 0.75}, expected="not published apart"),

@@ -25,7 +25,7 @@ from fastmim_kernels import block_mask
 from torch import Tensor, nn
 
 from fastmim.group import Group
-from fastmim.methods.base import Method, MethodConfig, Output
+from fastmim.methods.base import About, Method, MethodConfig, Output
 from fastmim.methods.health import collapse, health
 from fastmim.methods.losses import mean_over_ranks
 from fastmim.methods.masking import check_ratio, first_hidden, hidden_count, taken
@@ -47,6 +47,12 @@ class Data2VecConfig(MethodConfig):
     """data2vec for images (arXiv:2202.03555)."""
 
     name: ClassVar[str] = "data2vec"
+    about: ClassVar[About] = About(
+        paper="Baevski et al., arXiv:2202.03555",
+        t1="39 %, mask tokens",
+        t2="EMA of f, the mean of its last six blocks",
+        similarity="smooth l1; `--method.masks 8` for one pass of the teacher",
+    )
     encoder: ClassVar = {
         "positions": "relative", "layer_scale": 1e-4, "drop_path": 0.25, "qkv_bias": "qv", "init": "beit",
     }  # fmt: skip

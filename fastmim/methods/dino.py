@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from fastmim_kernels import code_loss
 
-from fastmim.methods.base import Output
+from fastmim.methods.base import About, Output
 from fastmim.methods.codes import LARGE, CodesConfig, CodesMethod, pairs
 from fastmim.methods.variants import Variant
 from fastmim.models.tokens import Tokens
@@ -30,6 +30,12 @@ class DINOConfig(CodesConfig):
     """DINO (arXiv:2104.14294)."""
 
     name: ClassVar[str] = "dino"
+    about: ClassVar[About] = About(
+        paper="Caron et al., arXiv:2104.14294",
+        t1="2 large and 8 small crops",
+        t2="EMA of f on the large ones",
+        similarity="cross entropy over 65,536 codes, centered",
+    )
     variants: ClassVar = {
         "warm": Variant(
             changes={"teacher_temperature": 0.07, "warmup_epochs": 30}, expected="not published apart"

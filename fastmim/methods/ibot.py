@@ -24,7 +24,7 @@ import torch
 from fastmim_kernels import block_mask, code_loss, ibot_targets, uniform_mask
 from torch import Tensor
 
-from fastmim.methods.base import Output
+from fastmim.methods.base import About, Output
 from fastmim.methods.codes import LARGE, CodesConfig, CodesMethod, pairs
 from fastmim.methods.masking import first_hidden, taken
 from fastmim.methods.targets import Center
@@ -43,6 +43,12 @@ class IBOTConfig(CodesConfig):
     """iBOT (arXiv:2111.07832)."""
 
     name: ClassVar[str] = "ibot"
+    about: ClassVar[About] = About(
+        paper="Zhou et al., arXiv:2111.07832",
+        t1="2 large crops behind masks, 10 small ones",
+        t2="EMA of f on the whole large ones",
+        similarity="cross entropy of classes and hidden patches, both centered",
+    )
     whole_scale: ClassVar[tuple[float, float]] = (0.25, 1.0)
     variants: ClassVar = {
         "rand": Variant(

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from fastmim_kernels import num_seen
 
-from fastmim.methods.base import Output
+from fastmim.methods.base import About, Output
 from fastmim.methods.losses import scored_mean
 from fastmim.methods.pixels import PixelConfig, PixelMethod
 from fastmim.methods.variants import Variant, columns_of_table_5
@@ -28,6 +28,12 @@ class MAEConfig(PixelConfig):
     """MAE (arXiv:2111.06377)."""
 
     name: ClassVar[str] = "mae"
+    about: ClassVar[About] = About(
+        paper="He et al., arXiv:2111.06377",
+        t1="25 % of the patches",
+        t2="the pixels",
+        similarity="l2 on hidden patches",
+    )
     # arXiv:2208.04164: accuracy of ViT-B on ImageNet-1k after fine-tuning, 100 epochs of each
     variants: ClassVar = {
         "color-whole": Variant(changes={"color": "whole"}, expected="83.1 % (Table 4)"),

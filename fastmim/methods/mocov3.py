@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmim.group import Group
-from fastmim.methods.base import Method, MethodConfig, Output
+from fastmim.methods.base import About, Method, MethodConfig, Output
 from fastmim.methods.contrast import Keys, compare_tokens
 from fastmim.methods.health import collapse, health
 from fastmim.methods.targets import cosine_momentum, teacher_of
@@ -41,6 +41,12 @@ class MoCoV3Config(MethodConfig):
     """MoCo v3 (arXiv:2104.02057)."""
 
     name: ClassVar[str] = "mocov3"
+    about: ClassVar[About] = About(
+        paper="Chen et al., arXiv:2104.02057",
+        t1="a crop",
+        t2="EMA of f on another",
+        similarity="InfoNCE of class tokens, both ways",
+    )
     couples_batch: ClassVar[bool] = True
     encoder: ClassVar = {"init": "moco"}
     temperature: float = 0.2

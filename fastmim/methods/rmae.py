@@ -24,7 +24,7 @@ import torch
 from fastmim_kernels import norm_pix_loss, num_seen, split_patches
 from torch import Tensor
 
-from fastmim.methods.base import Output
+from fastmim.methods.base import About, Output
 from fastmim.methods.losses import scored_mean
 from fastmim.methods.masking import check_ratio, num_seen_checked
 from fastmim.methods.pixels import PixelConfig, PixelMethod
@@ -40,6 +40,13 @@ class RMAEConfig(PixelConfig):
     """R-MAE of Kong & Zhang (arXiv:2208.04164)."""
 
     name: ClassVar[str] = "rmae"
+    about: ClassVar[About] = About(
+        paper="Kong & Zhang, arXiv:2208.04164",
+        t1="25 %",
+        t2="f on the other 75 %, decoded (`--method.t2 complement`), on a draw of its own (`independent`), "
+        "on all (`full`)",
+        similarity="l2 between two decodes, and to the pixels",
+    )
     t2: Literal["complement", "independent", "full"] = "complement"
     """What the second view shows: what the first hides, a draw of its own, or everything"""
     t2_ratio: float = 0.25

@@ -23,7 +23,7 @@ from fastmim_kernels import gather_patches, split_patches_grouped
 from torch import Tensor, nn
 
 from fastmim.group import Group
-from fastmim.methods.base import Method, MethodConfig, Output, Reconstruction
+from fastmim.methods.base import About, Method, MethodConfig, Output, Reconstruction
 from fastmim.methods.masking import check_ratio
 from fastmim.methods.variants import Variant
 from fastmim.methods.work import Linear, Stack, Work
@@ -41,6 +41,12 @@ class SimMIMConfig(MethodConfig):
     """SimMIM (arXiv:2111.09886)."""
 
     name: ClassVar[str] = "simmim"
+    about: ClassVar[About] = About(
+        paper="Xie et al., arXiv:2111.09886",
+        t1="40 % in cells of 32 px, mask tokens",
+        t2="the pixels",
+        similarity="l1 on hidden pixels; `--variant swin-base` is the paper's Swin",
+    )
     encoder: ClassVar = {
         "positions": "relative", "layer_scale": 0.1, "drop_path": 0.1, "qkv_bias": "qv", "init": "beit",
     }  # fmt: skip

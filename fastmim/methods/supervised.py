@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmim.group import Group
-from fastmim.methods.base import Method, MethodConfig, Output
+from fastmim.methods.base import About, Method, MethodConfig, Output
 from fastmim.methods.mixing import Mixing, erased, mixed, smoothed
 from fastmim.methods.variants import Variant
 from fastmim.methods.work import Linear, Stack, Work
@@ -38,6 +38,13 @@ class SupervisedConfig(MethodConfig):
     """Labels from scratch, with the augmentation of fine-tuning (arXiv:2111.06377)."""
 
     name: ClassVar[str] = "supervised"
+    about: ClassVar[About] = About(
+        paper="the tables' baseline, arXiv:2208.04164",
+        t1="a crop after RandAugment, erasing, Mixup or CutMix",
+        t2="the label",
+        similarity="cross entropy",
+        needs="labels",
+    )
     labeled: ClassVar[bool] = True
     encoder: ClassVar = {"positions": "learned", "init": "dino", "drop_path": 0.1, "final_norm": False}
     variants: ClassVar = {
