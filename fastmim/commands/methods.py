@@ -19,7 +19,7 @@ def rows() -> list[tuple[str, ...]]:
     for name in METHODS:
         config, model = suited(name, VITS["vit_base"])
         flops[name] = config.work(model).flops
-    found = []
+    found: list[tuple[str, ...]] = []
     for name, kind in METHODS.items():
         a = kind.about
         state = "works" + (f"; wants {a.needs}" if a.needs else "")
@@ -48,8 +48,8 @@ def text(cells: Sequence[tuple[str, ...]]) -> str:
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="fastmim methods",
-        description="What can be trained. Cost: arithmetic per image of ViT-B/16 at 224 px, MAE's being 1, less "
-        "that of a tokenizer.",
+        description="What can be trained. Cost: arithmetic per image of ViT-B/16 at 224 px, MAE's being 1, "
+        "less that of a tokenizer.",
     )
     parser.add_argument("--markdown", action="store_true", help="as the table of the README")
     args = parser.parse_args(arguments)
