@@ -147,7 +147,7 @@ class DeepSpeedEngine:
         )
         plan = make_plan(
             run,
-            MemoryImages([b""] * batch),
+            MemoryImages([b""] * batch, labels=[0] * batch),
             world=self.ranks.world,
             device="cuda" if DEVICE == "cuda" else "cpu",
         )

@@ -1,15 +1,16 @@
-"""Whether a step left finite values: asked of the device after each, read with the metrics at the log step.
+"""Whether a step left finite values: known on the device after each, read with the metrics at the log step.
 
-    sum |x|   over all fp32 values that the optimizer moves on this rank: finite if each of them is
+    after each step      the norm of its gradients, which `Gradients` has computed anyway
+    before a checkpoint  besides it sum |x| over all that can be saved or exported: the fp32 values that the
+                         optimizer moves on this rank, averages, buffers
 
-A gradient that is not finite leaves a weight that is not: AdamW's moments of it are NaN or infinite, and the
-weight's step NaN or inf / inf, times whatever learning rate, even 0. So one look at the weights after the
-update sees the gradients too, wherever ZeRO has them, and it sees what a checkpoint is made of.
+A gradient that is not finite shows at once, wherever ZeRO has it. A weight becomes infinite by itself only at
+a rate that no run survives: then the next loss is not finite, or the look before the checkpoint finds it.
 
 Source  DeepSpeed's own search for overflow reads every gradient in four passes, makes the host wait, and
         leaves out the step in silence. Where it cannot be switched off (ZeRO 0 in bf16, ZeRO 3, clipping),
         DeepSpeed knows on the host whether it left out the step: that counts as not finite.
-Bytes   one reading of the fp32 weights: 4 bytes of each.
+Bytes   nothing between checkpoints; one reading of the fp32 weights, 4 bytes of each, before one.
 Limits  A rank sees its own shard. `Metrics` adds up the answers of all, so that they stop together.
 """
 
@@ -31,19 +32,18 @@ class Finite:
         self.trained = moved_values(engine)
 
     @torch.no_grad()
-    def look(self, *, everything: bool) -> Tensor:
+    def look(self, norm: Tensor, *, everything: bool) -> Tensor:
         """A finite number if what the step left is finite, else NaN or infinity. No transfer, no wait.
 
-        `everything`, which a checkpoint wants, is also the averages and the buffers: beside the weights, what
-        can be saved or exported.
+        `norm` is that of the step's gradients. `everything`, which a checkpoint wants, is also the weights,
+        the averages and the buffers.
         """
         if not self.engine.was_step_applied():
-            return torch.full((), torch.nan, device=self.trained[0].device)
-        values = self.trained
-        if everything:
-            buffers = [b for b in self.engine.module.buffers() if b.is_floating_point()]
-            values = [*values, *self.teacher.shards, *buffers]
-        return size_of(values)
+            return torch.full_like(norm, torch.nan)
+        if not everything:
+            return norm
+        buffers = [b for b in self.engine.module.buffers() if b.is_floating_point()]
+        return norm + size_of([*self.trained, *self.teacher.shards, *buffers])
 
 
 def size_of(values: Sequence[Tensor]) -> Tensor:

@@ -58,7 +58,7 @@ def train_loop(
         teacher.step(done / plan.total_steps)
         engine.module.after_step(done / plan.total_steps)
         saving = done % run.save_every == 0 or done == plan.total_steps
-        metrics.add(done, rates[None], outputs, norm, finite.look(everything=saving))
+        metrics.add(done, rates[None], outputs, norm, finite.look(norm, everything=saving))
         if metrics.due(done) or saving:
             metrics.flush(seconds_waiting=waiting.take())  # raises before what is not finite is saved
         if saving:
