@@ -25,37 +25,17 @@ DRAWS, ORDER, PILLOW = (
 RACE, PROVIDERS = "benchmarks/pipeline/loader.py", "benchmarks/pipeline/providers.py"
 TABLE, SOAK = "benchmarks/pipeline/table.py", "benchmarks/pipeline/soak.py"
 FAULTS = [
-    (
-        DALI,
-        "        if plain is None or (self._refused",
-        "        plain = plain or (data, (CodeStream(data).height, 20))\n        if (self._refused",
-        "DALI gets what it is not to decode",
-        "end_the_process or test_decoders",
-    ),
+    (DALI, "        if plain is None or (self._refused",
+     "        plain = plain or (data, (CodeStream(data).height, 20))\n        if (self._refused",
+     "DALI gets what it is not to decode", "end_the_process or test_decoders"),
     (FILES, "hw_decoder_load=config.hw_decoder_load,", "", "the load is not heard", "load_of_the_conf"),
     (JPEG, "{0xC0, 0xC1, 0xC2}", "{0xC0, 0xC1}", "progressive JPEG is refused", "forms_that"),
     (BAD, "        self._bad.add(image_id)\n", "", "a bad file is named each time", "hundred"),
     (BAD, "if len(self._bad) > limit", "if len(self._bad) > 9 * limit", "no threshold", "threshold"),
-    (
-        LOADER,
-        "serve(self._places(start_step))",
-        "serve(self._places(0))",
-        "a start is 0",
-        "any_step",
-    ),
+    (LOADER, "serve(self._places(start_step))", "serve(self._places(0))", "a start is 0", "any_step"),
     (SOAK, "<= GROWTH and not left", "<= 9 and not left", "no leak is one", "leak_of_memory"),
-    (
-        SOAK,
-        "frozenset(child for pids in children for child in pids)",
-        "frozenset()",
-        "processes",
-        "process_left",
-    ),
-    (
-        PROVIDERS,
-        "            transforms.Normalize(MEAN, STD),\n",
-        "",
-        "the baseline does not normalize",
-        "maes or delivers",
-    ),
-]
+    (SOAK, "frozenset(child for pids in children for child in pids)", "frozenset()", "processes",
+     "process_left"),
+    (PROVIDERS, "            transforms.Normalize(MEAN, STD),\n", "", "the baseline does not normalize",
+     "maes or delivers"),
+]  # fmt: skip

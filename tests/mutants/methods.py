@@ -8,4 +8,4 @@ FAULTS = [
     (CUTMIX, "u_B3[:, 1:].unbind(1)", "u_B3[:, :2].unbind(1)", "the place follows from the size", "shares"),
     (CUTMIX, ".flip(1)", ".roll(1, 0)", "partners of the next pair", "partners or pixels"),
     (MAE, "None if foreign_BN is None else foreign_BN.float()", "None", "all patches are scored", "clean"),
-]
+]  # fmt: skip

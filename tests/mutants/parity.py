@@ -15,4 +15,4 @@ FAULTS = [
     (BOXES, "share = float(flips.mean())", "share = crop.flip", "flips are always even", "even"),
     (FILES, "turned[ORIENTATION] = 6", "pass", "a file that is not turned", "called"),
     (FILES, "except Rejected as rejected:", "except ZeroDivisionError as rejected:", "refusals", "refused"),
-]
+]  # fmt: skip

@@ -32,7 +32,8 @@ SOURCE, SCAN, COMMANDS = (
     "fastmim/commands/data_reports.py",
 )
 FAULTS = [
-    (INDEX, "ctimes.max() < now_ns - SETTLED_NS", "ctimes.max() < now_ns", "a fresh set is kept", "just_now"),
+    (INDEX, "ctimes.max() < now_ns - SETTLED_NS", "ctimes.max() < now_ns", "a fresh set is kept",
+     "just_now"),
     (INDEX, 'header.get("path") != _key(path) or ', "", "the index of another set is believed", "broken"),
     (INDEX, "i = range(len(self))[i]", "i = i % len(self)", "names without an end", "sequence"),
     (FOLDER, "if here in above:", "if here in above[-1:]:", "links in a circle", "links"),
@@ -42,18 +43,14 @@ FAULTS = [
     (TAR, "elif member.issparse():", "elif member.ischr():", "holes of sparse members", "sparse"),
     (TAR, "if len(texts) != len(images):", "if not texts:", "one label for two images", "members"),
     (PARQUET, 'side="right")) - 1', 'side="left")) - 1', "the first row of a group", "every_source"),
-    (PARQUET, "if i and said != classes:", "if i and len(said) != len(classes):", "other classes", "number"),
+    (PARQUET, "if i and said != classes:", "if i and len(said) != len(classes):", "other classes",
+     "number"),
     (PARQUET, "start + sum(rows[:g])", "sum(rows[:g])", "groups of the second file", "every_source"),
     (SOURCE, "    if len(first) < 2:", "    if first:", "train and test are mixed", "splits"),
     (MEMORY, "{shape[2]} {shape[1]}", "{shape[1]} {shape[2]}", "height for width", "pixel_by_pixel"),
-    (
-        PACK,
-        "following = sample_id, packed",
-        "following = None",
-        "the image that did not fit is lost",
-        "full or every_step",
-    ),
+    (PACK, "following = sample_id, packed", "following = None", "the image that did not fit is lost",
+     "full or every_step"),
     (PACK, "    os.replace(new, folder / name)\n", "", "no shard", "reads_as"),
     (RESIZE, "    small.info.clear()", "    image.info.clear()", "comments are kept", "orientation"),
     (STATS, "second - first**2", "second - first", "variance about zero", "numpys"),
-]
+]  # fmt: skip
