@@ -1,19 +1,20 @@
-"""MAE, R-MAE and C-MAE pre-trained alike on small images; then what their frozen features are worth.
+"""Every method pre-trained alike on small images; then what its frozen features are worth.
 
-python -m benchmarks.frozen CIFAR10 --steps 600          CIFAR10 holds train/CLASS/*.* and test/CLASS/*.*
+python -m benchmarks.frozen CIFAR10 --steps 400          CIFAR10 holds train/CLASS/*.* and test/CLASS/*.*
 
-Question   do the three objectives of Kong & Zhang (arXiv:2208.04164) each teach the encoder something, on a
-           budget of minutes, and does any of them collapse on the way?
-Expected   all three clearly above the same encoder with its first weights, in one probe at least;
-           feature_std near 1 throughout.
+Question   does each objective teach the encoder something, on a budget of minutes, and does any of them
+           collapse on the way?
+Expected   all clearly above MAE's encoder with its first weights, in one probe at least; feature_std well
+           above 0 throughout.
 How        the real command for each, recipe cifar10 (ViT-Ti, patch 4; batch norm in C-MAE's heads), with one
            batch, rate and length for all; then what `fastmim knn` and `fastmim ridge` do, on whole images.
-           The health of those features is that of fastmim/methods/health.py: deviation of unit vectors
-           times sqrt(D), effective rank.
-           cmae:mask is C-MAE with `--variant mask`: without colors, where the paper reports trouble.
+           BEiT and CAE predict codes of k-means, which is trained first. Teachers whose published momentum
+           is that of runs a thousand times as long follow faster, see SHORT.
+           The health of the features is that of fastmim/methods/health.py: deviation of unit vectors times
+           sqrt(D), effective rank. NAME:VARIANT trains a variant: cmae:mask is C-MAE without colors.
 
-A row per method in benchmarks/results/frozen.jsonl, and frozen.png: loss, health in training, what was read.
-`--name` gives another pair of files their name.
+A row per method in benchmarks/results/frozen.jsonl, and frozen.png: what was read, and of each run its loss
+and health. `--name` gives another pair of files their name.
 """
 
 import argparse
@@ -35,12 +36,18 @@ from fastmim.engine.pictures import read_metrics, smoothed
 from fastmim.evals.knn import knn
 from fastmim.evals.ridge import ridge
 from fastmim.interop.metadata import encoder_metadata
+from fastmim.methods import METHODS
 from fastmim.methods.health import spread
+from fastmim.methods.tokens import TokensConfig
 from fastmim.models.vit import Encoder
 
 RANDOM = "random"
 PROBES = ("knn", "ridge")
 K = 20
+EMA = ("--method.ema", "0.99")
+SHORT = {"cmae_huang": EMA, "ibot": EMA, "data2vec": EMA, "dino": EMA}  # a teacher that moves within the run
+TOKENIZER = "kmeans"
+HEALTH = ("feature_std", "token_accuracy", "accuracy")  # the first that a run logs
 
 
 def train(name: str, run_dir: Path, data: Path, flags: Sequence[str]) -> None:
@@ -51,10 +58,23 @@ def train(name: str, run_dir: Path, data: Path, flags: Sequence[str]) -> None:
     command = [sys.executable, "fastmim/train.py", "--method", method, "--recipe", "cifar10"]
     command += ["--variant", variant] if variant else []
     command += ["--data.path", str(data / "train"), "--run-dir", str(run_dir), *flags]
+    command += SHORT.get(name, ())
+    if issubclass(METHODS[method], TokensConfig):
+        command += ["--method.tokenizer", str(tokenizer(run_dir.with_name(TOKENIZER), data))]
     if any((run_dir / "checkpoints").glob("step-*")):
         command += ["--resume"]
     print(" ".join(command[1:]), flush=True)
     subprocess.run(command, cwd=ROOT, check=True)
+
+
+def tokenizer(run_dir: Path, data: Path) -> Path:
+    """A run of k-means on the same images, made once: seconds."""
+    if not (run_dir / "tokenizer.safetensors").exists():
+        command = [sys.executable, "fastmim/train.py", "--method", TOKENIZER, "--recipe", "cifar10"]
+        command += ["--data.path", str(data / "train"), "--run-dir", str(run_dir), "--data.cache", "ram"]
+        command += ["--steps", "150", "--batch", "128"]
+        subprocess.run(command, cwd=ROOT, check=True)
+    return run_dir
 
 
 def random_encoder(like: Path, path: Path) -> None:
@@ -98,36 +118,53 @@ def read_once(runs: Path, encoder: Path, data: Path, most: int, threads: int) ->
 
 
 def draw(runs: dict[str, Path], rows: dict[str, dict[str, Any]], path: Path) -> None:
-    """Loss of each run, health of those that log it, accuracies of all."""
+    """Accuracies of all, and a panel for each run: its loss, and what it logs of its health."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
-    for name, run in runs.items():
+    columns = min(4, len(runs))
+    lines = math.ceil(len(runs) / columns)
+    figure = plt.figure(figsize=(4.2 + 2.9 * columns, max(3.2, 2.3 * lines)), layout="constrained")
+    parts: Any = figure.subfigures(1, 2, width_ratios=(4.2, 2.9 * columns))
+    bars, panels = parts
+    draw_bars(bars.subplots(), rows)
+    axes = panels.subplots(lines, columns, squeeze=False).flatten()
+    for axis, (name, run) in zip(axes, runs.items(), strict=False):
         steps, values = read_metrics(run / "metrics.jsonl")
-        axes[0].plot(steps, smoothed(values["loss"], 15), label=name)
-        if "loss_chance" in values:
-            axes[0].plot(steps, values["loss_chance"], "--", color="gray", lw=1, label=f"{name}, chance")
-            axes[0].plot(steps, values["loss_floor"], ":", color="gray", lw=1, label=f"{name}, floor")
-        for metric in ("feature_std", "positive_similarity", "negative_similarity"):
-            if metric in values:
-                axes[1].plot(steps, smoothed(values[metric], 15), label=f"{name}, {metric}")
-    axes[0].set(title="loss", xlabel="step", yscale="log")
-    axes[1].set(title="health of the compared features", xlabel="step")
-    wanted = ["cls/knn", "mean/knn", "cls/ridge", "mean/ridge"]
-    for i, (name, row) in enumerate(rows.items()):
-        places = [j + i * 0.8 / len(rows) for j in range(len(wanted))]
-        axes[2].bar(places, [100 * row[key] for key in wanted], 0.75 / len(rows), label=name)
-    axes[2].set(title="frozen features read, % right", xticks=[j + 0.3 for j in range(len(wanted))])
-    axes[2].set_xticklabels(wanted)
-    for axis in axes:
+        axis.plot(steps, smoothed(values["loss"], 15), color="C0")
+        axis.set_title(name, fontsize=9)
+        axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7)
+        found = next((metric for metric in HEALTH if metric in values), None)
+        if found:
+            other = axis.twinx()
+            other.plot(steps, smoothed(values[found], 15), color="C1", lw=1)
+            other.set_ylim(0, 1.2)
+            other.tick_params(labelsize=7, colors="C1")
+            other.set_ylabel(found, fontsize=7, color="C1")
+    for axis in axes[len(runs) :]:
+        axis.axis("off")
+    panels.supxlabel("step", fontsize=8)
+    panels.supylabel("loss", fontsize=8, color="C0")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def draw_bars(axis: Any, rows: dict[str, dict[str, Any]]) -> None:
+    """The better of both features in each probe, first weights as lines."""
+    names = [name for name in rows if name != RANDOM]
+    for i, probe in enumerate(PROBES):
+        places = [j + 0.4 * i for j in range(len(names))]
+        axis.barh(places, [100 * best(rows[name], probe) for name in names], 0.36, color=f"C{i}", label=probe)
+        axis.axvline(100 * best(rows[RANDOM], probe), color=f"C{i}", ls="--", lw=1)
+    axis.set_yticks([j + 0.2 for j in range(len(names))], names, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("frozen features, % right; dashed: first weights", fontsize=8)
+    axis.tick_params(axis="x", labelsize=7)
+    axis.grid(alpha=0.3, axis="x")
+    axis.legend(fontsize=7, loc="lower right")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -135,10 +172,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("data", type=Path, help="folder with train/CLASS and test/CLASS")
-    parser.add_argument("--methods", nargs="+", default=["mae", "rmae", "cmae"], metavar="METHOD[:VARIANT]")
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-3, help="after a warm-up of a tenth of the run")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD[:VARIANT]")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=7e-4, help="after a warm-up of a tenth of the run")
     parser.add_argument("--most", type=int, default=10_000, help="images read of each set")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "frozen", help="finished ones are kept")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -172,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{key} {100 * rows[name][key]:.1f} %" for key in rows[name] if key.endswith(PROBES)
         )
         print(
-            f"{name:>8}  {shown}  std {rows[name]['mean/std']:.2f}  rank {rows[name]['mean/rank']:.1f}",
+            f"{name:>10}  {shown}  std {rows[name]['mean/std']:.2f}  rank {rows[name]['mean/rank']:.1f}",
             flush=True,
         )
     draw(runs, rows, a.results / f"{a.name}.png")

@@ -71,3 +71,13 @@ def test_a_run_that_is_not_finished_is_trained_by_the_command(tmp_path, monkeypa
     frozen.train("mae", tmp_path, tmp_path, ["--steps", "5"])
     assert said[0][2:4] == ["--method", "cmae"] and said[0][6:8] == ["--variant", "mask"]
     assert "--resume" not in said[0] and said[1][-1] == "--resume" and "--variant" not in said[1]
+
+
+def test_a_tokenizer_is_trained_first_and_slow_teachers_are_hurried(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(frozen.subprocess, "run", lambda command, **_: said.append(command))
+    for name in ("beit", "dino"):
+        frozen.train(name, tmp_path / name, tmp_path, [])
+    assert [command[3] for command in said] == ["kmeans", "beit", "dino"]
+    assert said[1][-2:] == ["--method.tokenizer", str(tmp_path / "kmeans")]
+    assert said[2][-2:] == ["--method.ema", "0.99"]
