@@ -118,36 +118,52 @@ def plain_name(name: str) -> str:
 
 
 @torch.library.custom_op("fastmim_benchmarks::attention_other", mutates_args=())
-def _other(q: Tensor, k: Tensor, v: Tensor, segments: list[int], keys: list[int]) -> Tensor:
+def _other(
+    q: Tensor, k: Tensor, v: Tensor, segments: list[int], keys: list[int], bias: Tensor | None = None
+) -> Tensor:
     raise NotImplementedError("attention_other stands for kernels of other libraries in a trace")
 
 
 @_other.register_fake
-def _(q, k, v, segments, keys):
+def _(q, k, v, segments, keys, bias=None):
     return q.new_empty(q.shape)
 
 
 @torch.library.custom_op("fastmim_benchmarks::attention_other_backward", mutates_args=())
 def _other_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, segments: list[int], keys: list[int]
-) -> tuple[Tensor, Tensor, Tensor]:
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    segments: list[int],
+    keys: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     raise NotImplementedError("attention_other stands for kernels of other libraries in a trace")
 
 
 @_other_backward.register_fake
-def _(dout, q, k, v, out, segments, keys):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _(dout, q, k, v, bias, out, segments, keys):
+    return (
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+        (q[:0] if bias is None else bias).clone(),
+    )
 
 
 def _save(ctx: Any, inputs: Any, output: Tensor) -> None:
-    q, k, v, *ctx.segments = inputs
-    ctx.save_for_backward(q, k, v, output)
+    q, k, v, *ctx.segments, bias = inputs
+    ctx.save_for_backward(q, k, v, bias, output)
 
 
-_other.register_autograd(
-    lambda ctx, dout: (*_other_backward(dout, *ctx.saved_tensors, *ctx.segments), None, None),
-    setup_context=_save,
-)
+def _gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    *grads, dbias = _other_backward(dout, *ctx.saved_tensors, *ctx.segments)
+    return *grads, None, None, dbias if ctx.saved_tensors[3] is not None else None
+
+
+_other.register_autograd(_gradients, setup_context=_save)
 
 
 @contextmanager
@@ -169,11 +185,10 @@ def attention_that_serves() -> Iterator[None]:
         if key_segments not in (None, lengths):
             assert bias is None
             return _other(q, k, v, list(lengths), list(key_segments))
-        if bias is not None:
-            return real(q, k, v, segments=segments, bias=bias, backend="tile")
         if why_no_tile(lengths, q.shape[3], q.dtype, "cuda") is None:
-            return real(q, k, v, segments=segments, backend="tile")
-        return _other(q, k, v, list(lengths), list(lengths))
+            return real(q, k, v, segments=segments, bias=bias, backend="tile")
+        first = bias if bias is None or isinstance(bias, Tensor) else next(b for b in bias if b is not None)
+        return _other(q, k, v, list(lengths), list(lengths), first)
 
     with patch.object(block, "attention", attention):
         yield

@@ -3,6 +3,7 @@
 python benchmarks/throughput.py --method mae --model vit_base --batch 256 --precision bf16
 python benchmarks/throughput.py --method rmae --model vit_base --sweep batch
 python benchmarks/throughput.py --method mae rmae cmae --model vit_large --batch 1024 --fit
+python benchmarks/throughput.py --recipe sample --batch 64 --method mae simmim dino
 deepspeed benchmarks/throughput.py --method mae --model vit_large --batch 256 --zero 2
 
 A step is forward, backward, the optimizer's update and the method's own `after_step`, through the engine of
@@ -24,7 +25,6 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 
 import argparse
 import gc
-import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -59,6 +59,7 @@ from benchmarks.provenance import DEVICE, RESULTS, append, device_name, environm
 from fastmim.engine.ranks import Ranks
 from fastmim.methods import METHODS, suited
 from fastmim.methods.base import Method, MethodConfig
+from fastmim.methods.tokens import TokensConfig
 from fastmim.models import VITS
 from fastmim.models.mae_decoder import DecoderConfig
 from fastmim.models.vit import ViTConfig
@@ -124,7 +125,16 @@ def peak_gib() -> float:
     """The most memory held so far: PyTorch's on the GPU, the process's on a CPU."""
     if DEVICE == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) / 2**20
+
+
+def forget_peak() -> None:
+    """Let `peak_gib` begin anew."""
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 # --- rows -------------------------------------------------------------------------------------------
@@ -158,7 +168,7 @@ def fractions(tflop_per_s: float, precision: str) -> dict[str, float | None]:
 def describe(config: MethodConfig, model: ViTConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "method": config.name,
-        "model": arguments.model,
+        "model": arguments.model if arguments.recipe is None else f"recipe {arguments.recipe}",
         "image_size": model.size,
         "patch": model.patch,
         "precision": arguments.precision,
@@ -246,6 +256,7 @@ def add_work(p: argparse.ArgumentParser) -> None:
     p.add_argument("--attention", choices=["auto", "xformers", "sdpa", "tile", "varlen"], default="auto")
     p.add_argument("--engine", choices=["auto", "deepspeed", "plain"], default="auto")
     p.add_argument("--zero", type=int, choices=range(4), default=1)
+    p.add_argument("--recipe", choices=["cifar10", "sample"], help="all sizes as its")
     p.add_argument("--image-size", type=int)
     p.add_argument("--patch", type=int)
     p.add_argument("--decoder-size", type=int, nargs=3, metavar=("WIDTH", "DEPTH", "HEADS"))
@@ -257,6 +268,12 @@ def add_work(p: argparse.ArgumentParser) -> None:
 
 def configured(arguments: argparse.Namespace, method: str) -> tuple[MethodConfig, ViTConfig]:
     a = arguments
+    if a.recipe is not None:
+        from fastmim.recipes import METHOD_RECIPES, SCALES  # what a machine with PyTorch alone lacks
+
+        run = SCALES[a.recipe](METHOD_RECIPES[method]())
+        tokens = {"tokenizer": None} if isinstance(run.method, TokensConfig) else {}  # any codes take as long
+        return replace(run.method, **tokens), replace(run.model, attention=a.attention)
     changes = {"image_size": a.image_size, "patch": a.patch, "attention": a.attention}
     size = replace(VITS[a.model], **{k: v for k, v in changes.items() if v is not None})
     found: tuple[Any, ViTConfig] = suited(method, size)
@@ -272,8 +289,7 @@ def measure(
 ) -> dict[str, Any]:
     """One line of figures for batches of this size. Raises WrongLoss before anything is timed."""
     config, model = configured(arguments, arguments.method)
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    forget_peak()
     figures: dict[str, Any] = {}
     if arguments.zero < 3 or engine.name == "plain":  # of ZeRO 3 the eager method holds no weights
         figures["loss"] = check_step(engine, method, next(batches), arguments.precision)
@@ -350,12 +366,31 @@ def main(command: Sequence[str] | None = None) -> int:
         p.error(f"want batch, warmup and steps of 1 or more, got {a.batch}, {a.warmup}, {a.steps}")
     if sum((a.data is not None, a.sweep is not None, a.fit)) > 1:
         p.error("want one of --data, --sweep and --fit, got more")
+    if a.recipe is not None and (a.image_size or a.patch or a.decoder_size):
+        p.error("want --recipe, or --image-size, --patch and --decoder-size, got both")
     each = [argparse.Namespace(**vars(a) | {"method": name}) for name in a.method]
-    done = [one_method(one) if len(each) == 1 else tried(one) for one in each]
-    return 0 if all(done) else 1
+    rows = [one_method(one) if len(each) == 1 else tried(one) for one in each]
+    if len(each) > 1 and os.environ.get("RANK", "0") == "0":
+        print(table([found[-1] for found in rows if found]))
+    return 0 if all(rows) else 1
 
 
-def tried(a: argparse.Namespace) -> bool:
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The last batch size of each method, in Markdown."""
+    lines = [
+        "| method | batch | images/s | GFLOP per image | GFLOP/s | peak, GiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        rate, gflop = row["images_per_s"], row["gflop_per_image"]
+        lines.append(
+            f"| {row['method']} | {row['batch']} | {rate:,.1f} ({row['images_per_s_p20']:,.1f} to "
+            f"{row['images_per_s_p80']:,.1f}) | {gflop:,.2f} | {rate * gflop:,.0f} | {row['peak_gib']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def tried(a: argparse.Namespace) -> list[dict[str, Any]]:
     """One of several: what goes wrong with it is said, and the next one has its turn."""
     try:
         return one_method(a)
@@ -364,7 +399,7 @@ def tried(a: argparse.Namespace) -> bool:
     gc.collect()
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
-    return False
+    return []
 
 
 def built(config: MethodConfig, model: ViTConfig) -> Method:
@@ -387,14 +422,14 @@ def checked(config: MethodConfig, model: ViTConfig, precision: str) -> tuple[Met
     return built(config, model), errors
 
 
-def one_method(a: argparse.Namespace) -> bool:
-    """Check it, time it, write its rows; whether there are any. WrongLoss before anything is timed."""
+def one_method(a: argparse.Namespace) -> list[dict[str, Any]]:
+    """Check it, time it, write its rows; those with figures. WrongLoss before anything is timed."""
     env = environment()
     config, model = configured(a, a.method)
     if a.warm:
         method, shallow = built(config, shallow_of(model)), shallow_of(model)
         step(make_engine(method, config, shallow, a), synthetic(method, model.channels, a.batch))
-        return True
+        return [{}]
     method, errors = checked(config, model, a.precision)
     if a.compile:
         method.compile(dynamic=False)
@@ -412,6 +447,7 @@ def one_method(a: argparse.Namespace) -> bool:
         **errors,
     }
     found: list[tuple[int, float]] = []
+    timed: list[dict[str, Any]] = []
     for batch in batch_sizes(a, found):
         row = head | one_batch(engine, method, batch, a)
         if os.environ.get("RANK", "0") == "0":
@@ -419,13 +455,14 @@ def one_method(a: argparse.Namespace) -> bool:
             print(sentence(row), flush=True)
         if "failed" not in row:
             found.append((batch, row["images_per_s"]))
+            timed.append(row)
         elif not a.fit:
             break
     if a.sweep and found:
         print(f"knee at batch {knee(found)}; {row.get('failed', f'stopped at {batch}: nothing was gained')}")
     del engine, method
     gc.collect()  # the next one has all memory
-    return bool(found)
+    return timed
 
 
 def one_batch(engine: Engine, method: Method, batch: int, arguments: argparse.Namespace) -> dict[str, Any]:

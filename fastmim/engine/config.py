@@ -180,6 +180,8 @@ def run_facts(run: Run, plan: Plan, images: Images) -> dict[str, Any]:
         name: config[name] for name in ("method", "model", "optim", "batch", "accumulate", "seed", "zero")
     }
     facts["model"].pop("attention")  # the same numbers up to rounding
+    for flag in run.method.files():  # what is in it counts, not where it lies
+        facts["method"].pop(flag)
     for part in ("model", "optim"):
         leave_out_defaults(facts[part], getattr(run, part))
     facts |= {"world": plan.world, "precision": plan.precision, "total_steps": plan.total_steps}

@@ -1,5 +1,6 @@
 """A run from its configuration to its results: `train(prepare(run))`."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -144,7 +145,7 @@ def prepare(run: Run) -> Prepared:
     plan = make_plan(run, images, world=ranks.world, device=device)
     sizes = ranks.all_succeed(lambda: sizes_of(run, plan, images, ranks), "looking at the images")
     method, weights = ranks.all_succeed(lambda: build_method(run), "building the model")
-    facts = run_facts(run, plan, images)
+    facts = run_facts(run, plan, images) | facts_of_frozen(method)
     need_bytes = checkpoint_bytes(method, run, plan)
     ranks.from_main(lambda: check_room(place_of(run), need_bytes), "looking for room for a checkpoint")
     run_dir = place_of(run)
@@ -227,6 +228,18 @@ def check_files(run: Run) -> None:
     for flag, path in run.method.files().items():
         if not path.exists():
             raise ValueError(f"method.{flag}: want {run.method.file_words}, got nothing at {path}")
+
+
+def facts_of_frozen(method: Method) -> dict[str, Any]:
+    """The SHA-256 of each frozen module's weights, wherever the file lies; nothing without any."""
+    digests = {}
+    for name, module in method.frozen.items():
+        digest = hashlib.sha256()
+        for key, tensor in module.state_dict().items():
+            digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        digests[name] = digest.hexdigest()[:16]
+    return {"frozen": digests} if digests else {}
 
 
 def place_frozen(method: Method, device: torch.device) -> None:

@@ -19,6 +19,7 @@ from fastmim.engine.ranks import Ranks
 from fastmim.methods import METHODS, suited
 from fastmim.optim import OptimConfig, torch_adamw
 from fastmim.optim.groups import parameter_groups
+from fastmim.recipes import METHOD_RECIPES, SCALES
 from tests.methods.conftest import DECODER, MODEL
 
 TINY = "--model vit_tiny --image-size 32 --patch 8 --decoder-size 32 1 2 --batch 8 --warmup 1 --steps 5"
@@ -256,7 +257,24 @@ def test_a_compiled_method_is_checked_against_the_eager_one():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("flags", ["--batch 0", "--data x --sweep batch", "--model vit_giant"])
+def test_a_recipe_says_all_sizes_and_several_methods_make_a_table(tmp_path, capsys):
+    flags = "--recipe sample --batch 4 --steps 1 --warmup 1 --seconds 0 --method mae beit supervised"
+    assert throughput.main([*flags.split(), "--engine", "plain", "--results", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    table = [line.split(" | ") for line in lines if line.startswith("| ")]
+    assert [row[0] for row in table] == ["| method", "| mae", "| beit", "| supervised"]
+    rows = [json.loads(line) for line in (tmp_path / "throughput.jsonl").read_text().splitlines()]
+    assert {(row["model"], row["patch"], *row["image_size"]) for row in rows} == {
+        ("recipe sample", 8, 64, 64)
+    }
+    run = SCALES["sample"](METHOD_RECIPES["mae"]())
+    assert rows[0]["gflop_per_image"] == run.method.work(run.model).flops / 1e9
+    assert all(0.2 < row["peak_gib"] < 20 for row in rows)
+
+
+@pytest.mark.parametrize(
+    "flags", ["--batch 0", "--data x --sweep batch", "--model vit_giant", "--recipe sample --patch 4"]
+)
 def test_bad_flags_are_refused(flags):
     with pytest.raises(SystemExit, match="2"):
         throughput.main(flags.split())

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from fastmim_kernels import sample_seeds
 from safetensors.torch import load_file
 
+from fastmim.engine.checkpoint import CheckpointError
 from fastmim.engine.pretrain import prepare, train
 from fastmim.methods.tokenizers import (
     TRAININGS,
@@ -247,3 +248,21 @@ def test_few_codes_are_called_a_collapse():
     assert "few codes say all" in method.diagnose({"perplexity": 1.4})
     assert "--method.kl-weight" in method.diagnose({"perplexity": 1.4})
     assert method.diagnose({"perplexity": 300.0}) is None
+
+
+def test_a_resumed_run_wants_the_codes_that_it_began_with(images, tmp_path):  # noqa: F811
+    """The file may lie elsewhere; another in its place is refused by name."""
+    for name, steps in (("one", 4), ("other", 5)):
+        train(prepare(run_of("kmeans", images, tmp_path / name, steps=steps)))
+
+    def beit(tokenizer, **changes):
+        run = SCALES["sample"](RECIPES["beit"]())
+        model = replace(run.model, width=16, depth=1, heads=2, image_size=16, patch=4)
+        whole = tiny_run(images, tmp_path / "beit", method="mae", steps=4, save_every=2, **changes)
+        return replace(whole, method=replace(run.method, tokenizer=tokenizer), model=model)
+
+    train(prepare(beit(tmp_path / "one")))
+    (tmp_path / "one").rename(tmp_path / "moved")
+    assert prepare(beit(tmp_path / "moved", resume=True)).changed == []
+    with pytest.raises(CheckpointError, match=r"frozen\.tokenizer"):
+        prepare(beit(tmp_path / "other", resume=True))
