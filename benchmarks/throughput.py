@@ -80,7 +80,10 @@ def from_folder(
 
     config = DataConfig(path=folder, decoder=arguments.decoder)
     images, batch = find_images(folder), arguments.batch
-    loader = open_loader(images, method.crops, batch, config=config, channels=model.channels)
+    loader = open_loader(
+        images, method.crops, batch,
+        config=config, channels=model.channels, labeled=method.config.labeled,
+    )  # fmt: skip
     return iter(stack.enter_context(loader))
 
 
