@@ -3,7 +3,7 @@
 fastmim train --method rmae             what `python fastmim/train.py` does, in one process
 fastmim tokenizer train --tokenizer dvae  codes for BEiT and CAE to predict; also: dvae_large, vq, kmeans
 fastmim methods                         what can be trained: T1, T2, M, and what a step costs
-fastmim export RUN_DIR mae.pth          a run's weights as a checkpoint of facebookresearch/mae
+fastmim export RUN_DIR mae.pth          a run's weights as a checkpoint of facebookresearch/mae, or --to timm
 fastmim data pack SRC DST               a set as tar shards, which are read fastest (--short-side 256)
 fastmim data verify|index|stats PATH    which images are bad; index it anew; what it is like
 fastmim knn RUN_DIR --train A --test B  how well nearest neighbors read its frozen features; also: ridge
