@@ -386,14 +386,15 @@ def cifar10(run: Run) -> Run:
     """
     model = run.method.small_encoder(replace(resized(run.model, "vit_tiny"), patch=4, image_size=32))
     method = run.method.fit(model, DecoderConfig(width=128, depth=4, heads=4))
-    return replace(
+    scaled = replace(
         run,
-        method=replace(method, **method.scales.get("cifar10", {})),
+        method=method,
         model=model,
         optim=replace(of_length(run, 200.0), blr=4 * run.optim.blr, warmup_epochs=10.0),
         batch=256,
         epochs=200.0,
     )
+    return with_fields(scaled, method.scales.get("cifar10", {}))
 
 
 def sample(run: Run) -> Run:
@@ -404,9 +405,9 @@ def sample(run: Run) -> Run:
     model = replace(run.model, width=128, depth=6, heads=4, patch=8, image_size=64)
     model = run.method.small_encoder(model)
     method = run.method.fit(model, DecoderConfig(width=96, depth=2, heads=3))
-    return replace(
+    scaled = replace(
         run,
-        method=replace(method, **method.scales.get("sample", {})),
+        method=method,
         model=model,
         optim=replace(of_length(run, 6.0), lr=2e-3, warmup_epochs=0.5),
         batch=64,
@@ -414,6 +415,7 @@ def sample(run: Run) -> Run:
         save_every=100,
         log_every=10,
     )
+    return with_fields(scaled, method.scales.get("sample", {}))
 
 
 METHOD_RECIPES: dict[str, Callable[[], Run]] = {

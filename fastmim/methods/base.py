@@ -47,7 +47,8 @@ class MethodConfig:
     labeled: ClassVar[bool] = False  # whether its batches must have labels
     couples_batch: ClassVar[bool] = False  # whether the loss of an image depends on the others beside it
     variants: ClassVar[Mapping[str, Variant]] = {}  # other rows of the paper's tables: --variant
-    scales: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # by --recipe: fields that it changes beside sizes
+    # by --recipe: what it changes beside sizes, by the dotted names of a run, as method.ema
+    scales: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     file_words: ClassVar[str] = "the file of a frozen module"  # what `files` are, for a person
     encoder: ClassVar[Mapping[str, Any]] = {}  # fields of `ViTConfig` beside sizes, as the paper has them
 

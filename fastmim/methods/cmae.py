@@ -98,7 +98,7 @@ class CMAEConfig(MethodConfig):
     }  # fmt: skip
     # without any norm, as the paper has its heads, 1,000 steps of 32 kept to three or four dimensions, and
     # read worse than first weights: batches are small there
-    scales: ClassVar = {"cifar10": {"head_norm": "bn", "ema": 0.99}}
+    scales: ClassVar = {"cifar10": {"method.head_norm": "bn", "method.ema": 0.99}}
     mask_ratio: float = 0.75
     """Fraction of the patches that T1 hides; 0 hides none, and wants t2=full"""
     t2: Literal["complement", "independent", "full"] = "complement"

@@ -57,7 +57,7 @@ class SupervisedConfig(MethodConfig):
             expected="82.1 % (ViT-B, arXiv:2208.04164, Table 1)",
         ),
     }  # fmt: skip
-    scales: ClassVar = {"cifar10": {"classes": 10}, "sample": {"classes": 12}}
+    scales: ClassVar = {"cifar10": {"method.classes": 10}, "sample": {"method.classes": 12}}
     classes: int = 1000
     """Number of classes; more than the data has are never right"""
     pool: Literal["mean", "cls"] = "mean"

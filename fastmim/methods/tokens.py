@@ -34,7 +34,7 @@ RANDOM_STRIDE = 8  # pixels of the second crop that a patch's code is of, or the
 class TokensConfig(MethodConfig):
     """What BEiT and CAE have in common."""
 
-    scales: ClassVar[Mapping] = {"sample": {"tokenizer": None, "codes": 64}}
+    scales: ClassVar[Mapping] = {"sample": {"method.tokenizer": None, "method.codes": 64}}
     file_words: ClassVar[str] = "a run of `fastmim tokenizer train`, or a file with DALL-E's encoder"
     tokenizer: Path | None = None
     """Run directory or file of the tokenizer whose codes are predicted; none: codes of random projections"""

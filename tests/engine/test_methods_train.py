@@ -12,12 +12,15 @@ from safetensors.torch import load_file
 from fastmim.engine.config import Run
 from fastmim.engine.pretrain import prepare, train
 from fastmim.methods import METHODS
+from fastmim.methods.tokenizers import TRAININGS
 from fastmim.models.mae_decoder import DecoderConfig
+from fastmim.recipes import geometry
 from tests.engine.conftest import MODEL, tiny_run
 from tests.engine.forked import run_script
 from tests.engine.test_resume import assert_same, train_and_resume
 
 OTHERS = tuple(name for name in METHODS if name not in ("mae", "rmae"))  # theirs is test_resume
+KINDS = {"dvae": 4, "vq": 4, "kmeans": 4, "dvae_large": 8}  # of tokenizers, and their strides
 CHANGES = {
     "supervised": {"classes": 3, "mix_block": 4},
     "cmae": {"hidden": 24, "out": 16},
@@ -35,8 +38,12 @@ TEACHERS = {
 
 
 def small_run(method: str, images: Path, run_dir: Path, *, depth: int = 1, **changes) -> Run:
-    """The method as its paper has it, fitted to a tiny encoder with all its parts."""
+    """The method as its paper has it, fitted to a tiny encoder with all its parts; or a tiny tokenizer."""
     run = tiny_run(images, run_dir, method="mae", **changes)
+    if method in KINDS:
+        config, sizes = TRAININGS[method](), {"codes": 16, "hidden": 8, "code_width": 8, "blocks": 1}
+        small = {name: size for name, size in sizes.items() if hasattr(config, name)}
+        return replace(run, method=replace(config, **small), model=geometry(16, KINDS[method]))
     model = replace(MODEL, depth=depth, **METHODS[method].encoder)
     config = METHODS[method]().fit(model, DecoderConfig(width=16, depth=1, heads=2))
     return replace(run, method=replace(config, **CHANGES.get(method, {})), model=model)
@@ -63,14 +70,14 @@ def test_resumed_in_mid_run_to_the_last_bit(images, tmp_path, method, zero):
 @pytest.fixture(scope="module")
 def on_two_ranks(images, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    run_script(Path(__file__).with_name("methods_two_ranks.py"), str(images), str(folder), *OTHERS)
+    run_script(Path(__file__).with_name("methods_two_ranks.py"), str(images), str(folder), *OTHERS, *KINDS)
     return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", OTHERS)
+@pytest.mark.parametrize("method", [*OTHERS, *KINDS])
 def test_two_sharded_ranks_train_as_one_process(images, on_two_ranks, method):
-    """Negatives, batch norm, center and teacher are those of the global batch; ZeRO 3 against none."""
+    """Negatives, batch norm, center, codes and teacher are of the global batch; ZeRO 3 against none."""
     folder = on_two_ranks / method
     train(prepare(small_run(method, images, folder / "one", steps=8, depth=2)))
     rows = {
