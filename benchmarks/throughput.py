@@ -172,6 +172,7 @@ def describe(config: MethodConfig, model: ViTConfig, arguments: argparse.Namespa
     return {
         "method": config.name,
         "model": arguments.model if arguments.recipe is None else f"recipe {arguments.recipe}",
+        "variant": arguments.variant,
         "image_size": model.size,
         "patch": model.patch,
         "precision": arguments.precision,
@@ -208,7 +209,8 @@ def foreseen_words(row: dict[str, Any]) -> str:
 
 
 def sentence(row: dict[str, Any]) -> str:
-    name = f"{row['method']} {row['model']} {row['provider']} batch {row['batch']}"
+    variant = f" {row['variant']}" if row.get("variant") else ""
+    name = f"{row['method']}{variant} {row['model']} {row['provider']} batch {row['batch']}"
     name += f" ({row['why_batch']})" if row.get("why_batch") else ""
     if "failed" in row:
         return f"{name}: {row['failed']}"
@@ -260,6 +262,7 @@ def add_work(p: argparse.ArgumentParser) -> None:
     p.add_argument("--engine", choices=["auto", "deepspeed", "plain"], default="auto")
     p.add_argument("--zero", type=int, choices=range(4), default=1)
     p.add_argument("--recipe", choices=["cifar10", "sample"], help="all sizes as its")
+    p.add_argument("--variant", help="with --recipe, another row of the paper's tables")
     p.add_argument("--image-size", type=int)
     p.add_argument("--patch", type=int)
     p.add_argument("--decoder-size", type=int, nargs=3, metavar=("WIDTH", "DEPTH", "HEADS"))
@@ -272,9 +275,10 @@ def add_work(p: argparse.ArgumentParser) -> None:
 def configured(arguments: argparse.Namespace, method: str) -> tuple[MethodConfig, ViTConfig]:
     a = arguments
     if a.recipe is not None:
-        from fastmim.recipes import METHOD_RECIPES, SCALES  # what a machine with PyTorch alone lacks
+        from fastmim.recipes import METHOD_RECIPES, SCALES, varied  # what a machine with PyTorch alone lacks
 
-        run = SCALES[a.recipe](METHOD_RECIPES[method]())
+        run = METHOD_RECIPES[method]()
+        run = SCALES[a.recipe](varied(run, run.method.variants[a.variant]) if a.variant else run)
         tokens = {"tokenizer": None} if isinstance(run.method, TokensConfig) else {}  # any codes take as long
         return replace(run.method, **tokens), replace(run.model, attention=a.attention)
     changes = {"image_size": a.image_size, "patch": a.patch, "attention": a.attention}
@@ -371,6 +375,10 @@ def main(command: Sequence[str] | None = None) -> int:
         p.error("want one of --data, --sweep and --fit, got more")
     if a.recipe is not None and (a.image_size or a.patch or a.decoder_size):
         p.error("want --recipe, or --image-size, --patch and --decoder-size, got both")
+    for name in a.method if a.variant else ():
+        if a.recipe is None or a.variant not in METHODS[name].variants:
+            known = ", ".join(METHODS[name].variants) or "none"
+            p.error(f"variant: of {name}, with --recipe, there are {known}; got {a.variant}")
     each = [argparse.Namespace(**vars(a) | {"method": name}) for name in a.method]
     rows = [one_method(one) if len(each) == 1 else tried(one) for one in each]
     if len(each) > 1 and os.environ.get("RANK", "0") == "0":

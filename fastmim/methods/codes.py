@@ -40,6 +40,8 @@ class CodesConfig(MethodConfig):
     """What DINO and iBOT have in common; the defaults are DINO's."""
 
     encoder: ClassVar[Mapping] = {"positions": "learned", "drop_path": 0.1, "init": "dino"}
+    # in some hundred steps a teacher as slow as the paper's stays behind; the rate of MAE makes codes alike
+    scales: ClassVar[Mapping] = {"sample": {"method.ema": 0.99, "optim.lr": 5e-4}}
     whole_scale: ClassVar[tuple[float, float]] = (0.4, 1.0)  # area of a large crop beside small ones
     local_crops: int = 8
     """Small crops beside the two large ones, for the student alone; 0: there are none"""

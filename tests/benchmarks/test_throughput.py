@@ -273,8 +273,12 @@ def test_a_recipe_says_all_sizes_and_several_methods_make_a_table(tmp_path, caps
 
 
 @pytest.mark.parametrize(
-    "flags", ["--batch 0", "--data x --sweep batch", "--model vit_giant", "--recipe sample --patch 4"]
-)
+    "flags",
+    [
+        "--batch 0", "--data x --sweep batch", "--model vit_giant", "--recipe sample --patch 4",
+        "--method data2vec --variant eight-masks", "--recipe sample --method mae --variant eight-masks",
+    ],
+)  # fmt: skip
 def test_bad_flags_are_refused(flags):
     with pytest.raises(SystemExit, match="2"):
         throughput.main(flags.split())

@@ -97,6 +97,22 @@ def test_two_sharded_ranks_train_as_one_process(images, on_two_ranks, method):
             torch.testing.assert_close(states[1][name], tensor, rtol=1e-4, atol=2e-6, msg=name)
 
 
+@pytest.mark.parametrize("method", OTHERS)
+def test_in_bf16_under_zero_2(images, tmp_path, method):
+    """Losses near those of fp32 and none, weights that moved, all in fp32 when it is over."""
+    losses = {}
+    for precision, zero in (("fp32", 0), ("bf16", 2)):
+        run_dir = tmp_path / precision
+        train(
+            prepare(small_run(method, images, run_dir, steps=3, precision=precision, zero=zero, log_every=1))
+        )
+        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        losses[precision] = [row["loss"] for row in rows]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+    states = [load_file(tmp_path / precision / "model.safetensors") for precision in losses]
+    assert all(tensor.dtype != torch.bfloat16 for tensor in states[1].values())
+
+
 def test_weights_of_a_run_start_another(images, tmp_path, capsys):
     """MAE's encoder serves C-MAE, whose teacher begins as a copy; C-MAE's whole file serves C-MAE."""
     train(prepare(tiny_run(images, tmp_path / "mae", "mae", steps=2, save_every=2)))
