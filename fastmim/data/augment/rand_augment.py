@@ -121,12 +121,13 @@ def augmented(pixels_HWC: np.ndarray, operations: Sequence[Operation]) -> np.nda
 
 
 @cache
-def pool() -> ThreadPoolExecutor:
+def pool(process: int) -> ThreadPoolExecutor:
+    """The threads of this process: one that was forked has none of its parent's."""
     return ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0))), thread_name_prefix="rand_augment")
 
 
 def apply_operations(pixels_BHWC: Tensor, operations: Sequence[Sequence[Operation]]) -> Tensor:
     """uint8 `[B, H, W, C]` after each sample's operations, on the device where it was."""
     crops = list(pixels_BHWC.cpu().numpy())
-    done = pool().map(augmented, crops, operations)
+    done = pool(os.getpid()).map(augmented, crops, operations)
     return torch.from_numpy(np.stack(list(done))).to(pixels_BHWC.device)
