@@ -4,7 +4,7 @@ python -m benchmarks.frozen CIFAR10 --steps 400          CIFAR10 holds train/CLA
 
 Question   does each objective teach the encoder something, on a budget of minutes, and does any of them
            collapse on the way?
-Expected   all clearly above MAE's encoder with its first weights, in one probe at least; feature_std well
+Expected   each clearly above its own encoder with first weights, in one probe at least; feature_std well
            above 0 throughout.
 How        the real command for each, recipe cifar10 (ViT-Ti, patch 4; batch norm in C-MAE's heads), with one
            batch, rate and length for all; then what `fastmim knn` and `fastmim ridge` do, on whole images.
@@ -24,6 +24,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,9 @@ from fastmim.interop.metadata import encoder_metadata
 from fastmim.methods import METHODS
 from fastmim.methods.health import spread
 from fastmim.methods.tokens import TokensConfig
-from fastmim.models.vit import Encoder
+from fastmim.recipes import METHOD_RECIPES, SCALES
 
-RANDOM = "random"
+FIRST = "first weights of "
 PROBES = ("knn", "ridge")
 K = 20
 EMA = ("--method.ema", "0.99")
@@ -77,13 +78,17 @@ def tokenizer(run_dir: Path, data: Path) -> Path:
     return run_dir
 
 
-def random_encoder(like: Path, path: Path) -> None:
-    """The encoder of a run with the weights that its seed begins with."""
+def first_weights(name: str, path: Path) -> None:
+    """The encoder of a method's run as it begins: first weights differ as much as what is made of them."""
     from safetensors.torch import save_file
 
-    config = load_encoder(like).config
-    torch.manual_seed(0)
-    save_file(Encoder(config).state_dict(), path, encoder_metadata(config))
+    run = METHOD_RECIPES[name.partition(":")[0]]()
+    run = SCALES["cifar10"](run)
+    method = replace(run.method, tokenizer=None) if isinstance(run.method, TokensConfig) else run.method
+    torch.manual_seed(run.seed)
+    encoder = method.build(run.model).encoder
+    state = {key: value for key, value in encoder.state_dict().items() if key != "mask_token"}
+    save_file(state, path, encoder_metadata(run.model))
 
 
 def read(encoder: Path, data: Path, most: int, threads: int) -> dict[str, Any]:
@@ -153,15 +158,16 @@ def draw(runs: dict[str, Path], rows: dict[str, dict[str, Any]], path: Path) -> 
 
 
 def draw_bars(axis: Any, rows: dict[str, dict[str, Any]]) -> None:
-    """The better of both features in each probe, first weights as lines."""
-    names = [name for name in rows if name != RANDOM]
+    """The better of both features in each probe, with a mark where first weights are."""
+    names = [name for name in rows if not name.startswith(FIRST)]
     for i, probe in enumerate(PROBES):
         places = [j + 0.4 * i for j in range(len(names))]
         axis.barh(places, [100 * best(rows[name], probe) for name in names], 0.36, color=f"C{i}", label=probe)
-        axis.axvline(100 * best(rows[RANDOM], probe), color=f"C{i}", ls="--", lw=1)
+        firsts = [100 * best(rows[FIRST + name], probe) for name in names]
+        axis.plot(firsts, places, "|", color="black", ms=9, mew=2)
     axis.set_yticks([j + 0.2 for j in range(len(names))], names, fontsize=8)
     axis.invert_yaxis()
-    axis.set_xlabel("frozen features, % right; dashed: first weights", fontsize=8)
+    axis.set_xlabel("frozen features, % right; | with first weights", fontsize=8)
     axis.tick_params(axis="x", labelsize=7)
     axis.grid(alpha=0.3, axis="x")
     axis.legend(fontsize=7, loc="lower right")
@@ -191,10 +197,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = {name: a.runs / name.replace(":", "-") for name in a.methods}
     for name, run in runs.items():
         train(name, run.absolute(), a.data.absolute(), flags)
-    first = a.runs / "random.safetensors"
-    random_encoder(next(iter(runs.values())), first)
     rows: dict[str, dict[str, Any]] = {}
-    for name, encoder in {RANDOM: first, **runs}.items():
+    encoders: dict[str, Path] = {}
+    for name, run in runs.items():
+        first = a.runs / f"first-{run.name}.safetensors"
+        first_weights(name, first)
+        encoders |= {FIRST + name: first, name: run}
+    for name, encoder in encoders.items():
         rows[name] = read_once(a.runs, encoder, a.data, a.most, a.threads)
         trained = {"steps": a.steps, "batch": a.batch, "lr": a.lr}
         loss = {}
@@ -209,12 +218,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{key} {100 * rows[name][key]:.1f} %" for key in rows[name] if key.endswith(PROBES)
         )
         print(
-            f"{name:>10}  {shown}  std {rows[name]['mean/std']:.2f}  rank {rows[name]['mean/rank']:.1f}",
+            f"{name:>27}  {shown}  std {rows[name]['mean/std']:.2f}  rank {rows[name]['mean/rank']:.1f}",
             flush=True,
         )
     draw(runs, rows, a.results / f"{a.name}.png")
     above = {
-        probe: [name for name in runs if clearly_above(rows[name], rows[RANDOM], probe)] for probe in PROBES
+        probe: [name for name in runs if clearly_above(rows[name], rows[FIRST + name], probe)]
+        for probe in PROBES
     }
     for probe, names in above.items():
         print(f"clearly above the first weights in {probe}: {', '.join(names) or 'none'}")

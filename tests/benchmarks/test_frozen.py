@@ -36,7 +36,8 @@ def test_rows_picture_and_status(finished, capsys):
     assert status == 1  # weights nobody trained
     assert "clearly above the first weights in ridge: none" in capsys.readouterr().out
     rows = [json.loads(line) for line in (finished / "short.jsonl").read_text().splitlines()]
-    assert [row["method"] for row in rows] == ["random", "mae", "cmae:mask"]
+    named = [row["method"] for row in rows]
+    assert named == ["first weights of mae", "mae", "first weights of cmae:mask", "cmae:mask"]
     for row in rows:
         assert row["train_images"] == row["test_images"] == 36
         assert all(0 <= row[f"{f}/{p}"] <= 1 for f in ("cls", "mean") for p in ("knn", "ridge"))
