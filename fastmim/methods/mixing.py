@@ -55,7 +55,8 @@ def erased(
     radius_BP, angle_BP = (-2 * (1 - u_B2P[:, 0]).clamp(min=1e-30).log()).sqrt(), 2 * math.pi * u_B2P[:, 1]
     noise = torch.cat([radius_BP * angle_BP.cos(), radius_BP * angle_BP.sin()], dim=1)
     noise_BHWC = noise[:, : H * W * C].view(B, H, W, C)
-    filled_BHWC = noise_BHWC * noise.new_tensor(std) + noise.new_tensor(mean)
+    by_channel = zip(noise_BHWC.unbind(3), mean, std, strict=True)  # a tensor of them would wait for its copy
+    filled_BHWC = torch.stack([n_BHW * s + m for n_BHW, m, s in by_channel], dim=3)
     return torch.where(inside_BHW[..., None], filled_BHWC, image_BHWC)
 
 
