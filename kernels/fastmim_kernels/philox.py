@@ -67,6 +67,8 @@ def draw_uint32(seeds_B: Tensor, count: int, stream: int) -> Tensor:
     if not 0 <= stream < 2**31:
         raise ValueError(f"want 0 <= stream < 2**31, got {stream}")
     block = torch.arange((count + 3) // 4, device=seeds_B.device)
+    if torch.compiler.is_compiling():  # else Inductor counts in int32, which the multiplier does not fit
+        block = block + (seeds_B[:, None] & 0)
     lanes = philox_4x32(_split(seeds_B[:, None]), (block, stream, 0, 0))
     return torch.stack(lanes, dim=2).flatten(1)[:, :count]
 
