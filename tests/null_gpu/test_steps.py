@@ -29,7 +29,7 @@ COMPILED = {
 BATCH = {"rmae": 512, "simmim": 512, "beit": 512, "data2vec": 512, "mocov3": 512, "ibot": 128, "dino": 128}
 VERSIONS = ", ".join(f"{name} {version(name)}" for name in ("torch", "triton", "deepspeed"))
 MOST_LAUNCHES = 1400  # of MAE under DeepSpeed, memsets and copies among them
-MOST_IN_UPDATE = 40  # of them 17 for the norm of the gradients
+MOST_IN_UPDATE = 32  # of them 16 for the norm of the gradients
 
 
 def work(counts):
