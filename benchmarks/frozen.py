@@ -82,8 +82,7 @@ def first_weights(name: str, path: Path) -> None:
     """The encoder of a method's run as it begins: first weights differ as much as what is made of them."""
     from safetensors.torch import save_file
 
-    run = METHOD_RECIPES[name.partition(":")[0]]()
-    run = SCALES["cifar10"](run)
+    run = SCALES["cifar10"](METHOD_RECIPES[name.partition(":")[0]]())
     method = replace(run.method, tokenizer=None) if isinstance(run.method, TokensConfig) else run.method
     torch.manual_seed(run.seed)
     encoder = method.build(run.model).encoder

@@ -34,17 +34,8 @@ from benchmarks.engines import (
 )
 from benchmarks.flops import step_flops
 from benchmarks.provenance import DEVICE, append, environment
-from benchmarks.throughput import (
-    checked,
-    configured,
-    describe,
-    fitting,
-    fractions,
-    parser,
-    peak_gib,
-    rates,
-    steps_within,
-)
+from benchmarks.step_rows import describe, fractions, rates
+from benchmarks.throughput import checked, configured, fitting, parser, peak_gib, steps_within
 from fastmim.views import Batch
 
 HOST_IMAGES = 16  # more, and the host waits for room in the device's queue, not for its own work

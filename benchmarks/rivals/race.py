@@ -35,7 +35,8 @@ from benchmarks.engines import (
 )
 from benchmarks.flops import step_flops
 from benchmarks.provenance import DEVICE, append, environment, import_torchvision, module_exists
-from benchmarks.throughput import add_work, configured, describe, fractions, peak_gib, rates, sentence
+from benchmarks.step_rows import describe, fractions, rates, sentence
+from benchmarks.throughput import add_work, configured, peak_gib
 from fastmim.engine.ranks import Ranks
 from fastmim.methods.cmae import CMAE
 from fastmim.methods.mae import MAE

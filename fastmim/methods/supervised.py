@@ -16,7 +16,6 @@ Shapes  B images, N patches, D width, K classes.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -168,12 +167,11 @@ class Supervised(Method):
         target_BK = smoothed(labels_B, c.classes, c.smoothing)
         if not self.training:
             return image_BHWC, target_BK
+        if c.erase or c.mixes:
+            image_BHWC = image_BHWC.float() / 255
         if c.erase:
-            mean, std = self.model.pixel_mean, self.model.pixel_std
-            image_BHWC = erased(image_BHWC.float() / 255, seeds_B, c.erase, mean, std)
+            image_BHWC = erased(image_BHWC, seeds_B, c.erase, self.model.pixel_mean, self.model.pixel_std)
         if c.mixes:
-            if image_BHWC.dtype == torch.uint8:
-                image_BHWC = image_BHWC.float() / 255
             block = min(c.mix_block, len(image_BHWC))
             image_BHWC, target_BK = mixed(image_BHWC, target_BK, seeds_B, c.mixing, block)
         return image_BHWC, target_BK

@@ -10,7 +10,7 @@ import pytest
 import torch
 from fastmim_kernels import native
 
-from benchmarks import engines, throughput
+from benchmarks import engines, step_rows, throughput
 from benchmarks.cost import beside
 from benchmarks.engines import PlainEngine, WrongLoss, check_method, check_step, first, step, synthetic
 from benchmarks.ledger import ledger
@@ -195,9 +195,9 @@ def test_the_command_writes_a_whole_row(tmp_path, capsys):
 def test_what_was_foreseen_stands_beside_what_was_measured():
     config, model = METHODS["mae"](), MODEL
     known = beside(config, model, batch=8, precision="bf16", device="NVIDIA H100 80GB HBM3", engine="plain")
-    words = throughput.foreseen_words({**known, "ms": 2 * known["foreseen_ms"]})
+    words = step_rows.foreseen_words({**known, "ms": 2 * known["foreseen_ms"]})
     assert words.startswith(f"; 50 % of the foreseen {known['foreseen_images_per_s']:.1f} img/s (")
-    assert throughput.foreseen_words({"ms": 1.0}) == ""  # of a rival nothing is
+    assert step_rows.foreseen_words({"ms": 1.0}) == ""  # of a rival nothing is
 
 
 @pytest.mark.parametrize("role", ["forward", "data gradient", "weight gradient"])

@@ -37,10 +37,8 @@ from fastmim.views import RandAugment
 
 WORDS = 5
 TOP = 10.0  # the highest level
-FILL: dict[str, tuple[float, ...] | float] = {
-    "RGB": (124, 116, 104),
-    "L": 114,
-}  # the mean of ImageNet, and of its gray version
+# the mean of ImageNet, and of its gray version
+FILL: dict[str, tuple[float, ...] | float] = {"RGB": (124, 116, 104), "L": 114}
 
 
 class Operation(NamedTuple):
