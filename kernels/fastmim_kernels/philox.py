@@ -66,11 +66,24 @@ def draw_uint32(seeds_B: Tensor, count: int, stream: int) -> Tensor:
         raise ValueError(f"want count >= 0, got {count}")
     if not 0 <= stream < 2**31:
         raise ValueError(f"want 0 <= stream < 2**31, got {stream}")
+    return _drawn(seeds_B, count, stream) if torch.compiler.is_compiling() else _words(seeds_B, count, stream)
+
+
+def _words(seeds_B: Tensor, count: int, stream: int) -> Tensor:
     block = torch.arange((count + 3) // 4, device=seeds_B.device)
-    if torch.compiler.is_compiling():  # else Inductor counts in int32, which the multiplier does not fit
-        block = block + (seeds_B[:, None] & 0)
     lanes = philox_4x32(_split(seeds_B[:, None]), (block, stream, 0, 0))
     return torch.stack(lanes, dim=2).flatten(1)[:, :count]
+
+
+@torch.library.custom_op("fastmim::draw_uint32", mutates_args=())
+def _drawn(seeds_B: Tensor, count: int, stream: int) -> Tensor:
+    """The same as one op: Inductor (torch 2.13) gets 64-bit products and shifts of its own code wrong."""
+    return _words(seeds_B, count, stream).contiguous()
+
+
+@_drawn.register_fake
+def _(seeds_B: Tensor, count: int, stream: int) -> Tensor:
+    return seeds_B.new_empty(len(seeds_B), count)
 
 
 def draw_uniform(seeds_B: Tensor, count: int, stream: int) -> Tensor:
