@@ -238,3 +238,19 @@ def test_keys_of_another_length_want_to_be_said():
     with pytest.raises(ValueError, match="or key_segments"):
         attention(q, k, k)
     assert "fastmim_kernels.attention.api" in sys.modules
+
+
+def test_a_backend_sees_the_bias_as_it_was_measured(monkeypatch):
+    """Relative positions come as a permuted view, which torch's fused kernels on CUDA do not take."""
+    served, serve = [], GENERAL["sdpa"]
+
+    def spy(q, k, v, segments, key_segments, biases):
+        served.extend(biases)
+        return serve(q, k, v, segments, key_segments, biases)
+
+    monkeypatch.setitem(GENERAL, "sdpa", spy)
+    q, k, v = torch.randn(3, 2, 5, 3, 8)
+    bias = torch.randn(5, 5, 3).permute(2, 0, 1).requires_grad_()
+    attention(q, k, v, bias=bias, backend="sdpa").sum().backward()
+    assert [one.is_contiguous() for one in served] == [True]
+    assert bias.grad is not None and bias.grad.shape == bias.shape

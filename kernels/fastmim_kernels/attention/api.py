@@ -303,6 +303,8 @@ def attention(
     key_segments = key_segments or segments
     if biases is not None:
         _check_biases(biases, segments, key_segments, q)
+        # as they are measured: torch's fused kernels leave one with other strides to its unfused path
+        biases = tuple(None if bias is None else bias.contiguous() for bias in biases)
     if backend == "auto":
         chosen = _choose_general(q, k, segments, key_segments, biases)
     else:
