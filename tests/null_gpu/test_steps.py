@@ -26,7 +26,7 @@ COMPILED = {
     "zero1": ["--engine", "deepspeed", "--zero", "1", *SHALLOW],
 }
 # 1,024 images of these are more than 80 GB
-BATCH = {"rmae": 512, "simmim": 512, "beit": 512, "data2vec": 512, "mocov3": 512, "ibot": 128, "dino": 128}
+BATCH = {"rmae": 512, "mocov3": 512, "ibot": 128, "dino": 128}
 VERSIONS = ", ".join(f"{name} {version(name)}" for name in ("torch", "triton", "deepspeed"))
 MOST_LAUNCHES = 1400  # of MAE under DeepSpeed, memsets and copies among them
 MOST_IN_UPDATE = 32  # of them 16 for the norm of the gradients
