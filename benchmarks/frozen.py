@@ -32,10 +32,11 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.provenance import DEVICE, RESULTS, ROOT, append, environment
-from fastmim.commands.evaluate import labeled_features, load_encoder
+from fastmim.commands.evaluate import labeled_features
 from fastmim.engine.pictures import read_metrics, smoothed
 from fastmim.evals.knn import knn
 from fastmim.evals.ridge import ridge
+from fastmim.interop.encoders import load_encoder
 from fastmim.interop.metadata import encoder_metadata
 from fastmim.methods import METHODS
 from fastmim.methods.health import spread

@@ -7,6 +7,7 @@ fastmim export RUN_DIR mae.pth          a run's weights as a checkpoint of faceb
 fastmim data pack SRC DST               a set as tar shards, which are read fastest (--short-side 256)
 fastmim data verify|index|stats PATH    which images are bad; index it anew; what it is like
 fastmim knn RUN_DIR --train A --test B  how well nearest neighbors read its frozen features; also: ridge
+fastmim cka WEIGHTS... --data PATH      how far the features of each block outlast hidden patches
 fastmim doctor [--json]                 what this machine will run on, and why
 """
 
@@ -54,6 +55,12 @@ def probe(kind: str, arguments: list[str]) -> None:
     command.main(kind, arguments)
 
 
+def cka(arguments: list[str]) -> None:
+    from fastmim.commands import cka as command
+
+    command.main(arguments)
+
+
 def doctor(arguments: list[str]) -> None:
     from fastmim.commands import doctor as command
 
@@ -68,6 +75,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "data": data,
     "knn": partial(probe, "knn"),
     "ridge": partial(probe, "ridge"),
+    "cka": cka,
     "doctor": doctor,
 }
 

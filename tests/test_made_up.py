@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from benchmarks.flops import step_flops
-from fastmim.commands.evaluate import load_encoder
+from fastmim.interop.encoders import load_encoder
 from fastmim.methods import METHODS, suited
 from fastmim.models.vit import ViTConfig
 from tests.engine.conftest import images  # noqa: F401  a fixture

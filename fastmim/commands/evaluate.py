@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastmim.data import find_images
@@ -15,7 +14,7 @@ from fastmim.data.feed.center import FRACTION, center_crops
 from fastmim.evals.features import Feature, features_of
 from fastmim.evals.knn import knn
 from fastmim.evals.ridge import ridge
-from fastmim.interop.metadata import encoder_of
+from fastmim.interop.encoders import load_encoder
 from fastmim.models.swin import SwinEncoder
 from fastmim.models.vit import Encoder
 
@@ -23,24 +22,6 @@ PROBES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Iterator[tuple[str,
     "knn": knn,
     "ridge": ridge,
 }
-
-
-def load_encoder(path: Path) -> Encoder | SwinEncoder:
-    """The encoder of a run directory, or of an encoder.safetensors with the sizes that a run writes into it.
-
-    ValueError if there is none, or if it is not ours.
-    """
-    path = path / "encoder.safetensors" if path.is_dir() else path
-    if not path.is_file():
-        raise ValueError(f"want a run directory with its encoder.safetensors, got nothing at {path}")
-    try:
-        with safe_open(path, "pt") as file:
-            encoder = encoder_of(file.metadata() or {})
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dictionary
-        encoder.load_state_dict(state)
-    except (SafetensorError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{path} is no encoder of a run: {error}") from error
-    return encoder
 
 
 def labeled_features(
@@ -62,13 +43,18 @@ def labeled_features(
         print(f"left out of {path}: {images.left_out}", file=sys.stderr)
     if images.labels is None:
         raise ValueError(f"want images with labels, a folder of each class or shards that name it, in {path}")
-    config, num = encoder.config, min(len(images), most or len(images))
-    ids = (np.arange(num) * len(images) // num).tolist()
+    config, ids = encoder.config, spread_ids(len(images), most)
     crops = center_crops(
         images, config.size, ids=ids, channels=config.channels, fraction=fraction, threads=threads
     )
     found = features_of(encoder, (pixels for pixels, _ in crops), device)
     return found, torch.from_numpy(images.labels[ids]).long().to(device), images.classes
+
+
+def spread_ids(num: int, most: int | None) -> list[int]:
+    """Ids of `most` of so many images, evenly spaced; of all of them, if there are no more."""
+    count = min(num, most or num)
+    return (np.arange(count) * num // count).tolist() if count else []
 
 
 def evaluate(

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from fastmim import cli
-from fastmim.commands.evaluate import evaluate, labeled_features, load_encoder
+from fastmim.commands.evaluate import evaluate, labeled_features
 from fastmim.evals.knn import knn
+from fastmim.interop.encoders import load_encoder
 from fastmim.interop.metadata import encoder_metadata
 from fastmim.models.tokens import Tokens
 from fastmim.models.vit import Encoder, ViTConfig
@@ -85,9 +86,9 @@ def test_what_cannot_be_read_is_said(run_dir, tmp_path, capsys, monkeypatch):
     bare = tmp_path / "bare.safetensors"
     save_file(Encoder(MODEL).state_dict(), bare)
     for arguments, message in [
-        ((tmp_path / "no", train, test), "its encoder.safetensors, got nothing"),
+        ((tmp_path / "no", train, test), "a file of weights, got nothing"),
         ((broken, train, test), "broken.safetensors is no encoder of a run"),
-        ((bare, train, test), "bare.safetensors is no encoder of a run: 'width'"),
+        ((bare, train, test), "that divides the width, 16; give it by --heads"),
         ((run_dir, flat, test), "want images with labels"),
         ((run_dir, train, tmp_path / "other"), "the same classes in both sets"),
     ]:
