@@ -8,6 +8,8 @@ fastmim data pack SRC DST               a set as tar shards, which are read fast
 fastmim data verify|index|stats PATH    which images are bad; index it anew; what it is like
 fastmim knn RUN_DIR --train A --test B  how well nearest neighbors read its frozen features; also: ridge
 fastmim cka WEIGHTS... --data PATH      how far the features of each block outlast hidden patches
+fastmim psnr WEIGHTS... --data PATH     how near predicted pixels are to the true ones, in dB
+fastmim reconstruct WEIGHTS IMAGES      a picture of what a checkpoint predicts; --animate over ratios
 fastmim doctor [--json]                 what this machine will run on, and why
 """
 
@@ -61,6 +63,18 @@ def cka(arguments: list[str]) -> None:
     command.main(arguments)
 
 
+def psnr(arguments: list[str]) -> None:
+    from fastmim.commands import psnr as command
+
+    command.main(arguments)
+
+
+def reconstruct(arguments: list[str]) -> None:
+    from fastmim.commands import reconstruct as command
+
+    command.main(arguments)
+
+
 def doctor(arguments: list[str]) -> None:
     from fastmim.commands import doctor as command
 
@@ -76,6 +90,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "knn": partial(probe, "knn"),
     "ridge": partial(probe, "ridge"),
     "cka": cka,
+    "psnr": psnr,
+    "reconstruct": reconstruct,
     "doctor": doctor,
 }
 

@@ -3,9 +3,10 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 import torch
 from fastmim_kernels.attention import choose_attention
@@ -15,6 +16,7 @@ from fastmim.methods.base import MethodConfig
 from fastmim.models.vit import ViTConfig
 from fastmim.optim import OptimConfig
 
+Config = TypeVar("Config")
 WARMUP_SHARE = 0.2  # of a run too short for the warm-up asked for
 LAST_MILESTONE = 7 / 8  # of a run that ends before it, as in SimMIM: 700 of 800 epochs
 
@@ -171,6 +173,28 @@ def as_dict(value: Any) -> Any:
     if isinstance(value, tuple):
         return [as_dict(v) for v in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def from_dict(kind: type[Config], content: Mapping[str, Any]) -> Config:
+    """The configuration of this class that `as_dict` wrote. What it does not say has its default.
+
+    ValueError for a word that the class does not know, as from another version, or that it refuses.
+    """
+    hints = get_type_hints(kind)
+    fields = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if unknown := sorted(content.keys() - fields - {"name"}):
+        raise ValueError(f"{kind.__name__} has no {', '.join(unknown)}: another version wrote this")
+    return kind(**{name: as_hinted(hints[name], content[name]) for name in fields & content.keys()})
+
+
+def as_hinted(hint: Any, value: Any) -> Any:
+    """A JSON value as the type of a field has it: lists are tuples, paths are paths."""
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
+        return from_dict(hint, value)
+    kinds = {hint, *get_args(hint)}
+    if isinstance(value, list):
+        return tuple(value)
+    return Path(value) if isinstance(value, str) and Path in kinds else value
 
 
 def run_facts(run: Run, plan: Plan, images: Images) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The two pictures of a run: its loss over the steps, and what it sees in the masked images.
 
-    norm_pix:  x_hat = p * sqrt(var(x) + eps) + mean(x)    over the P values of the true patch x, var unbiased
-    then       pixel = 255 * (x_hat * std_c + mean_c)      rounded, clamped to 0..255
+Predictions become pixels as in fastmim/evals/psnr.py, rounded and clamped to 0..255.
 
 Shapes  image uint8 `[B, H, W, C]`, C = 1 or 3; P = patch * patch * C in the order row, column, channel.
 Limits  the only module of the engine that imports matplotlib and Pillow; no pyplot, so no global state.
@@ -19,6 +18,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from fastmim.evals.psnr import patches_of, predicted_pixels
 from fastmim.methods.base import Reconstruction
 from fastmim.models.vit import ViTConfig
 
@@ -44,7 +44,6 @@ with no_backend_named():
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-EPS = 1e-6  # of the pixel loss
 GRAY = 128  # hidden patches
 GAP = 2  # white pixels between the cells of the grid
 COLUMNS = ("original", "masked", "reconstruction", "prediction alone")
@@ -140,8 +139,9 @@ def reconstruction_grid(
     """
     _check(image_BHWC, seen_BK, pred_BNP, patch, mean, std)
     image_BHWC, seen_BK = image_BHWC.cpu(), seen_BK.cpu()
-    true_BNP = _patches(image_BHWC, patch)
-    pred_BNP = _pixels(pred_BNP.detach().cpu().float(), true_BNP, mean, std, norm_pix)
+    true_BNP = patches_of(image_BHWC, patch)
+    pixels_BNP = predicted_pixels(pred_BNP.detach().cpu(), true_BNP, mean, std, norm_pix=norm_pix)
+    pred_BNP = (255 * pixels_BNP).round().clamp(0, 255).to(torch.uint8)
     seen_BN1 = torch.zeros(true_BNP.shape[:2], dtype=torch.bool).scatter_(1, seen_BK, True)[..., None]
     masked_BNP = torch.where(seen_BN1, true_BNP, torch.full_like(true_BNP, GRAY))
     pasted_BNP = torch.where(seen_BN1, true_BNP, pred_BNP)
@@ -171,13 +171,6 @@ def _check(
         raise ValueError(f"want mean and std of {C} channels, got {tuple(mean)} and {tuple(std)}")
 
 
-def _patches(image_BHWC: Tensor, patch: int) -> Tensor:
-    """`[B, H, W, C] -> [B, N, P]`."""
-    B, H, W, C = image_BHWC.shape
-    x = image_BHWC.reshape(B, H // patch, patch, W // patch, patch, C)
-    return x.transpose(2, 3).reshape(B, -1, patch * patch * C)
-
-
 def _image(cells_BNP: Tensor, patch: int, height: int, width: int) -> Tensor:
     """`[B, N, P] -> [B, H, W, C]`."""
     B = len(cells_BNP)
@@ -185,26 +178,19 @@ def _image(cells_BNP: Tensor, patch: int, height: int, width: int) -> Tensor:
     return x.transpose(2, 3).reshape(B, height, width, -1)
 
 
-def _pixels(
-    pred_BNP: Tensor, true_BNP: Tensor, mean: Sequence[float], std: Sequence[float], norm_pix: bool
-) -> Tensor:
-    """What the network says, as uint8 pixels `[B, N, P]`."""
-    per_pixel = pred_BNP.shape[-1] // len(mean)
-    mean_P = torch.tensor(mean, dtype=torch.float32).repeat(per_pixel)
-    std_P = torch.tensor(std, dtype=torch.float32).repeat(per_pixel)
-    if norm_pix:
-        x_BNP = (true_BNP.float() / 255 - mean_P) / std_P
-        var_BN1, mean_BN1 = torch.var_mean(x_BNP, dim=-1, keepdim=True)
-        pred_BNP = pred_BNP * (var_BN1 + EPS).sqrt() + mean_BN1
-    return (255 * (pred_BNP * std_P + mean_P)).round().clamp(0, 255).to(torch.uint8)
-
-
 def draw_reconstruction(picture: Reconstruction, model: ViTConfig, png: Path) -> None:
     """Write the grid of the first `MAX_ROWS` samples, captioned; small images are enlarged without blur."""
+    reconstruction_sheet(picture, model, MAX_ROWS).save(png)
+
+
+def reconstruction_sheet(
+    picture: Reconstruction, model: ViTConfig, rows: int, title: str = ""
+) -> Image.Image:
+    """The grid of the first samples with a caption over each column; the title is the second's."""
     grid = reconstruction_grid(
-        picture.image_BHWC[:MAX_ROWS],
-        picture.seen_BK[:MAX_ROWS],
-        picture.pred_BNP[:MAX_ROWS],
+        picture.image_BHWC[:rows],
+        picture.seen_BK[:rows],
+        picture.pred_BNP[:rows],
         model.patch,
         model.pixel_mean,
         model.pixel_std,
@@ -219,5 +205,6 @@ def draw_reconstruction(picture: Reconstruction, model: ViTConfig, png: Path) ->
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
     for k, caption in enumerate(COLUMNS):
         middle = GAP + zoom * (k * (model.size[1] + GAP) + model.size[1] / 2)
-        draw.text((middle, margin / 2), caption, fill="black", font=font, anchor="mm")
-    sheet.save(png)
+        words = f"{caption} {title}".strip() if caption == "masked" else caption
+        draw.text((middle, margin / 2), words, fill="black", font=font, anchor="mm")
+    return sheet

@@ -1,6 +1,5 @@
 """A run from its configuration to its results: `train(prepare(run))`."""
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,6 +36,7 @@ from fastmim.engine.config import (
 from fastmim.engine.deepspeed import start_process_group, whole_state, wrap
 from fastmim.engine.doctor import versions
 from fastmim.engine.extension import build_fused_adam
+from fastmim.engine.frozen import check_files, facts_of_frozen, place_frozen
 from fastmim.engine.loop import train_loop
 from fastmim.engine.metrics import Metrics, NonFinite
 from fastmim.engine.pictures import draw_loss, draw_reconstruction
@@ -137,7 +137,7 @@ def prepare(run: Run) -> Prepared:
     check_run_dir(run)
     check_decoder(run.data.decoder, run.model.channels)
     check_optimizer(run.optim)
-    check_files(run)
+    check_files(run.method)
     ranks = start_process_group(device)
     if run.optim.name == "deepspeed":
         ranks.all_succeed(build_fused_adam, "building the optimizer")
@@ -221,31 +221,6 @@ def train_steps(
 
 
 # --- before the first step ------------------------------------------------------------------------
-
-
-def check_files(run: Run) -> None:
-    """ValueError for a file of a frozen module that is not there."""
-    for flag, path in run.method.files().items():
-        if not path.exists():
-            raise ValueError(f"method.{flag}: want {run.method.file_words}, got nothing at {path}")
-
-
-def facts_of_frozen(method: Method) -> dict[str, Any]:
-    """The SHA-256 of each frozen module's weights, wherever the file lies; nothing without any."""
-    digests = {}
-    for name, module in method.frozen.items():
-        digest = hashlib.sha256()
-        for key, tensor in module.state_dict().items():
-            digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-        digests[name] = digest.hexdigest()[:16]
-    return {"frozen": digests} if digests else {}
-
-
-def place_frozen(method: Method, device: torch.device) -> None:
-    """Put frozen modules where the method works. DeepSpeed never sees them: they stay as they were made."""
-    for module in method.frozen.values():
-        module.requires_grad_(False).eval().to(device)
 
 
 def build_method(run: Run) -> tuple[Method, str | None]:

@@ -11,8 +11,8 @@ Each HSIC is averaged over batches before the quotient is taken, so the memory d
 
 Source  Kornblith et al., arXiv:1905.00414; minibatches and HSIC_1: Nguyen et al., arXiv:2010.15327,
         Eq. 3, and Song et al. 2012. Under occlusion: Kong & Zhang, arXiv:2208.04164, Figures 1 to 3, which do
-        not say which tokens enter, how hidden patches are shown to the encoder, or the estimator. Defaults here
-        are dropped patches, the mean of those that are left, and the unbiased one.
+        not say which tokens enter, how hidden patches are shown to the encoder, or the estimator. Here, if
+        nothing else is said, patches are dropped, and it is the mean of the others and the unbiased form.
 Shapes  L layers (each block's output, and the final norm's), B images of a batch, D width, N patches.
 Dtypes  features as the encoder gives them, sums in fp64.
 """
