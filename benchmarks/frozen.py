@@ -13,8 +13,9 @@ How        the real command for each, recipe cifar10 (ViT-Ti, patch 4; batch nor
            The health of the features is that of fastmim/methods/health.py: deviation of unit vectors times
            sqrt(D), effective rank. NAME:VARIANT trains a variant: cmae:mask is C-MAE without colors.
 
-A row per method in benchmarks/results/frozen.jsonl, and frozen.png: what was read, and of each run its loss
-and health. `--name` gives another pair of files their name.
+A row per method in benchmarks/results/frozen.jsonl as soon as it is read, with its curves, and frozen.png of
+all rows that were trained alike: what was read, and of each run its loss and health. So methods can be run
+one by one. `--name` gives another pair of files their name.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -49,6 +51,7 @@ K = 20
 EMA = ("--method.ema", "0.99")
 SHORT = {"cmae_huang": EMA, "ibot": EMA, "data2vec": EMA, "dino": EMA}  # a teacher that moves within the run
 TOKENIZER = "kmeans"
+POINTS = 120  # of a curve that are kept
 HEALTH = ("feature_std", "token_accuracy", "accuracy")  # the first that a run logs
 
 
@@ -122,13 +125,24 @@ def read_once(runs: Path, encoder: Path, data: Path, most: int, threads: int) ->
     return json.loads(kept.read_text())
 
 
-def draw(runs: dict[str, Path], rows: dict[str, dict[str, Any]], path: Path) -> None:
+def curves(run: Path) -> dict[str, list[float]]:
+    """Loss and health of a run, smoothed, at `POINTS` of its steps."""
+    steps, values = read_metrics(run / "metrics.jsonl")
+    found = next((metric for metric in HEALTH if metric in values), None)
+    names = ["loss"] + ([found] if found else [])
+    at = np.unique(np.linspace(0, len(steps) - 1, POINTS).round().astype(int))
+    thinned = {name: [round(float(x), 5) for x in smoothed(values[name], 15)[at]] for name in names}
+    return {"step": steps[at].tolist()} | thinned
+
+
+def draw(rows: dict[str, dict[str, Any]], path: Path) -> None:
     """Accuracies of all, and a panel for each run: its loss, and what it logs of its health."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
+    runs = {name: row["curves"] for name, row in rows.items() if not name.startswith(FIRST)}
     columns = min(4, len(runs))
     lines = math.ceil(len(runs) / columns)
     figure = plt.figure(figsize=(4.2 + 2.9 * columns, max(3.2, 2.3 * lines)), layout="constrained")
@@ -136,19 +150,17 @@ def draw(runs: dict[str, Path], rows: dict[str, dict[str, Any]], path: Path) -> 
     bars, panels = parts
     draw_bars(bars.subplots(), rows)
     axes = panels.subplots(lines, columns, squeeze=False).flatten()
-    for axis, (name, run) in zip(axes, runs.items(), strict=False):
-        steps, values = read_metrics(run / "metrics.jsonl")
-        axis.plot(steps, smoothed(values["loss"], 15), color="C0")
+    for axis, (name, curve) in zip(axes, runs.items(), strict=False):
+        axis.plot(curve["step"], curve["loss"], color="C0")
         axis.set_title(name, fontsize=9)
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3)
-        found = next((metric for metric in HEALTH if metric in values), None)
-        if found:
+        for metric in curve.keys() & set(HEALTH):
             other = axis.twinx()
-            other.plot(steps, smoothed(values[found], 15), color="C1", lw=1)
+            other.plot(curve["step"], curve[metric], color="C1", lw=1)
             other.set_ylim(0, 1.2)
             other.tick_params(labelsize=7, colors="C1")
-            other.set_ylabel(found, fontsize=7, color="C1")
+            other.set_ylabel(metric, fontsize=7, color="C1")
     for axis in axes[len(runs) :]:
         axis.axis("off")
     panels.supxlabel("step", fontsize=8)
@@ -195,40 +207,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = ["--steps", str(a.steps), "--batch", str(a.batch), "--optim.lr", str(a.lr), "--data.cache", "ram"]
     flags += ["--optim.warmup-epochs", str(a.steps / 10 * a.batch / images), *a.flags]
     runs = {name: a.runs / name.replace(":", "-") for name in a.methods}
+    results = a.results / f"{a.name}.jsonl"
+    trained = {"steps": a.steps, "batch": a.batch, "lr": a.lr}
     for name, run in runs.items():
         train(name, run.absolute(), a.data.absolute(), flags)
-    rows: dict[str, dict[str, Any]] = {}
-    encoders: dict[str, Path] = {}
-    for name, run in runs.items():
         first = a.runs / f"first-{run.name}.safetensors"
         first_weights(name, first)
-        encoders |= {FIRST + name: first, name: run}
-    for name, encoder in encoders.items():
-        rows[name] = read_once(a.runs, encoder, a.data, a.most, a.threads)
-        trained = {"steps": a.steps, "batch": a.batch, "lr": a.lr}
-        loss = {}
-        if name in runs:
-            last = json.loads((runs[name] / "metrics.jsonl").read_text().splitlines()[-1])
-            loss = {key: last[key] for key in sorted(last.keys() - {"step", "epoch", "seconds"})}
-        append(
-            a.results / f"{a.name}.jsonl",
-            {"method": name, **trained, **rows[name], "last": loss} | environment(),
-        )
-        shown = "  ".join(
-            f"{key} {100 * rows[name][key]:.1f} %" for key in rows[name] if key.endswith(PROBES)
-        )
-        print(
-            f"{name:>27}  {shown}  std {rows[name]['mean/std']:.2f}  rank {rows[name]['mean/rank']:.1f}",
-            flush=True,
-        )
-    draw(runs, rows, a.results / f"{a.name}.png")
+        last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+        loss = {key: last[key] for key in sorted(last.keys() - {"step", "epoch", "seconds"})}
+        for who, encoder in ((FIRST + name, first), (name, run)):
+            row = read_once(a.runs, encoder, a.data, a.most, a.threads)
+            of_run = {} if encoder == first else {"last": loss, "curves": curves(run)}
+            append(results, {"method": who, **trained, **row} | of_run | environment())
+            shown = "  ".join(f"{key} {100 * row[key]:.1f} %" for key in row if key.endswith(PROBES))
+            print(f"{who:>27}  {shown}  std {row['mean/std']:.2f}  rank {row['mean/rank']:.1f}", flush=True)
+    rows = rows_alike(results, trained)
+    draw(rows, a.results / f"{a.name}.png")
+    names = [name for name in rows if not name.startswith(FIRST)]
     above = {
-        probe: [name for name in runs if clearly_above(rows[name], rows[FIRST + name], probe)]
+        probe: [name for name in names if clearly_above(rows[name], rows[FIRST + name], probe)]
         for probe in PROBES
     }
-    for probe, names in above.items():
-        print(f"clearly above the first weights in {probe}: {', '.join(names) or 'none'}")
-    return 0 if all(any(name in names for names in above.values()) for name in runs) else 1
+    for probe, clear in above.items():
+        print(f"clearly above the first weights in {probe}: {', '.join(clear) or 'none'}")
+    return 0 if all(any(name in clear for clear in above.values()) for name in names) else 1
+
+
+def rows_alike(results: Path, trained: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The last row of each method that was trained alike, also by earlier commands: a table may take days."""
+    rows: dict[str, dict[str, Any]] = {}
+    for line in results.read_text().splitlines():
+        row = json.loads(line)
+        alike = all(row[key] == value for key, value in trained.items())
+        if alike and ("curves" in row or row["method"].startswith(FIRST)):
+            rows[row["method"]] = row
+    return {name: row for name, row in rows.items() if name.removeprefix(FIRST) in rows}
 
 
 def clearly_above(row: dict[str, Any], other: dict[str, Any], probe: str) -> bool:

@@ -7,6 +7,7 @@ fastmim export RUN_DIR mae.pth          a run's weights as a checkpoint of faceb
 fastmim data pack SRC DST               a set as tar shards, which are read fastest (--short-side 256)
 fastmim data verify|index|stats PATH    which images are bad; index it anew; what it is like
 fastmim knn RUN_DIR --train A --test B  how well nearest neighbors read its frozen features; also: ridge
+fastmim embed WEIGHTS --data P --out F  features of images, with ids and labels, as Parquet or safetensors
 fastmim cka WEIGHTS... --data PATH      how far the features of each block outlast hidden patches
 fastmim psnr WEIGHTS... --data PATH     how near predicted pixels are to the true ones, in dB
 fastmim reconstruct WEIGHTS IMAGES      a picture of what a checkpoint predicts; --animate over ratios
@@ -57,6 +58,12 @@ def probe(kind: str, arguments: list[str]) -> None:
     command.main(kind, arguments)
 
 
+def embed(arguments: list[str]) -> None:
+    from fastmim.commands import embed as command
+
+    command.main(arguments)
+
+
 def cka(arguments: list[str]) -> None:
     from fastmim.commands import cka as command
 
@@ -89,6 +96,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "data": data,
     "knn": partial(probe, "knn"),
     "ridge": partial(probe, "ridge"),
+    "embed": embed,
     "cka": cka,
     "psnr": psnr,
     "reconstruct": reconstruct,

@@ -14,7 +14,6 @@ from fastmim.data.feed.center import FRACTION, center_crops
 from fastmim.evals.features import Feature, features_of
 from fastmim.evals.knn import knn
 from fastmim.evals.ridge import ridge
-from fastmim.interop.encoders import load_encoder
 from fastmim.models.swin import SwinEncoder
 from fastmim.models.vit import Encoder
 
@@ -58,11 +57,17 @@ def spread_ids(num: int, most: int | None) -> list[int]:
 
 
 def evaluate(
-    name: str, run: Path, train: Path, test: Path, *, fraction: float, most: int | None = None, threads: int
+    name: str,
+    encoder: Encoder | SwinEncoder,
+    train: Path,
+    test: Path,
+    *,
+    fraction: float,
+    most: int | None = None,
+    threads: int,
 ) -> Iterator[tuple[str, float]]:
     """(feature/name, accuracy) for the class token and for the mean of the patches."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder = load_encoder(run)
     how: dict[str, Any] = {"fraction": fraction, "most": most, "device": device, "threads": threads}
     known, labels, classes = labeled_features(encoder, train, **how)
     asked, truth, other = labeled_features(encoder, test, **how)

@@ -70,7 +70,7 @@ def test_the_command_prints_what_the_probe_says(run_dir, tmp_path, capsys, monke
         for name, value in knn(known[feature], y, asked[feature], t):
             assert lines[f"{feature}/{name}"] == f"{100 * value:.2f} %"
     assert len(lines) == 4  # k = 10 and 20: there are 40 images
-    found = dict(evaluate("ridge", run_dir, train, test, fraction=0.875, threads=1))
+    found = dict(evaluate("ridge", load_encoder(run_dir), train, test, fraction=0.875, threads=1))
     assert found.keys() == {f"{f}/{n}" for f in ("cls", "mean") for n in ("ridge", "ridge_lambda")}
 
 
