@@ -29,14 +29,19 @@ from fastmim.engine.config import Run
 from fastmim.flags import field_of, is_on, value_of, with_absolute_paths, without
 from fastmim.methods import METHODS
 from fastmim.methods.base import MethodConfig
+from fastmim.methods.transfer import TRANSFERS
 from fastmim.methods.variants import Variant
 from fastmim.models import VITS, resized
 from fastmim.recipes import RECIPES, SCALES, varied
 
 DEFAULT_METHOD = "mae"
-VARIANT_NAMES = tuple(sorted({name for method in METHODS.values() for name in method.variants}))
+VARIANT_NAMES = tuple(
+    sorted({name for method in (*METHODS.values(), *TRANSFERS.values()) for name in method.variants})
+)
 VARIANT_HELP = "Another row of the method's tables. " + "; ".join(
-    f"{name}: {', '.join(method.variants)}" for name, method in METHODS.items() if method.variants
+    f"{name}: {', '.join(method.variants)}"
+    for name, method in {**METHODS, **TRANSFERS}.items()
+    if method.variants
 )
 ONE_START = {"resume", "allow-changes", "print-config"}  # flags that say nothing of the run
 
@@ -50,7 +55,8 @@ class Command:
 
     run: Annotated[Run, tyro.conf.arg(name="")]
     method: Literal[tuple(RECIPES)] = DEFAULT_METHOD  # type: ignore[valid-type]
-    """What to train; its own choices are --method.* below. The last four are tokenizers, for beit and cae"""
+    """What to train; its own choices are --method.* below. finetune and linear want weights; the last
+    four are tokenizers, for beit and cae"""
     variant: Annotated[Literal[VARIANT_NAMES] | None, tyro.conf.arg(help=VARIANT_HELP)] = None  # type: ignore[valid-type]
     model: Literal[tuple(VITS)] | None = None  # type: ignore[valid-type]
     """Encoder size (by default the recipe's); patch and image size are --model.* below"""

@@ -7,6 +7,7 @@ fastmim export RUN_DIR mae.pth          a run's weights as a checkpoint of faceb
 fastmim data pack SRC DST               a set as tar shards, which are read fastest (--short-side 256)
 fastmim data verify|index|stats PATH    which images are bad; index it anew; what it is like
 fastmim knn RUN_DIR --train A --test B  how well nearest neighbors read its frozen features; also: ridge
+fastmim finetune WEIGHTS --data.path A --data.val B  all of an encoder on labels; also: linear, a probe
 fastmim embed WEIGHTS --data P --out F  features of images, with ids and labels, as Parquet or safetensors
 fastmim cka WEIGHTS... --data PATH      how far the features of each block outlast hidden patches
 fastmim psnr WEIGHTS... --data PATH     how near predicted pixels are to the true ones, in dB
@@ -58,6 +59,14 @@ def probe(kind: str, arguments: list[str]) -> None:
     command.main(kind, arguments)
 
 
+def transfer(kind: str, arguments: list[str]) -> None:
+    from fastmim.commands.transfer import for_train
+
+    given = for_train(kind, arguments)
+    if given is not None:
+        train(given)
+
+
 def embed(arguments: list[str]) -> None:
     from fastmim.commands import embed as command
 
@@ -96,6 +105,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "data": data,
     "knn": partial(probe, "knn"),
     "ridge": partial(probe, "ridge"),
+    "finetune": partial(transfer, "finetune"),
+    "linear": partial(transfer, "linear"),
     "embed": embed,
     "cka": cka,
     "psnr": psnr,

@@ -81,6 +81,9 @@ class Crop:
     scale: tuple[float, float] = (0.2, 1.0)  # fraction of the image's area
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height, drawn log-uniformly
     interpolation: Interpolation = "bicubic"
+    clamp: bool = (
+        False  # one draw, cut to the image where it does not fit, in the place of torchvision's tries
+    )
     flip: float = 0.5
     box: int = 0  # which draw of box and flip
     master: tuple[int, int] | None = None

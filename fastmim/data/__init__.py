@@ -8,6 +8,7 @@ from fastmim.data.feed.order import SampleOrder
 from fastmim.data.feed.sizes import Sizes, look_at_sizes
 from fastmim.data.sources.memory import MemoryImages
 from fastmim.data.sources.source import Images, find_images
+from fastmim.data.sources.subset import subset
 
 __all__ = [
     "BadImages",
@@ -22,5 +23,6 @@ __all__ = [
     "labels_of",
     "look_at_sizes",
     "open_loader",
+    "subset",
     "why_no_dali",
 ]

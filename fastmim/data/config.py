@@ -18,6 +18,10 @@ class DataConfig:
     path: Path | None = None
     """Folder of images, list of paths, or tar or Parquet shards (file, folder or pattern). Without it: the
     embedded sample set."""
+    val: Path | None = None
+    """Labeled images, for methods with labels: what is right of their central crops, after each epoch"""
+    subset: str | None = None
+    """Part of the images alone: 10% (of each class), 1000, 1000/one-class, 1000/per-class, or a list file"""
     decoder: DecoderName = "dali"
     """What decodes: DALI, or Pillow where there is no DALI. Never one for the other in silence."""
     augment: Augmentation = "recipe"

@@ -64,6 +64,11 @@ class Run:
         for name in ("batch", "accumulate", "save_every", "keep", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name.replace('_', '-')}: want at least 1, got {getattr(self, name)}")
+        if self.optim.name == "lars" and self.zero:
+            raise ValueError(
+                "zero: want 0 with --optim.name lars, whose steps need the norms of whole tensors, "
+                f"got {self.zero}"
+            )
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps: want at least 1, got {self.steps}")
         if self.epochs <= 0:
@@ -160,6 +165,10 @@ def with_absolute_paths(run: Run) -> Run:
     data, init_from = run.data, run.init_from
     if data.path is not None:
         data = dataclasses.replace(data, path=Path(data.path).absolute())
+    if data.val is not None:
+        data = dataclasses.replace(data, val=Path(data.val).absolute())
+    if data.subset is not None and Path(data.subset).is_file():
+        data = dataclasses.replace(data, subset=str(Path(data.subset).absolute()))
     if init_from is not None:
         init_from = Path(init_from).absolute()
     return dataclasses.replace(run, data=data, init_from=init_from)

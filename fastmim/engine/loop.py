@@ -31,12 +31,16 @@ def train_loop(
     batches: Iterator[Batch],
     metrics: Metrics,
     save: Callable[[int], None],
+    end_of: Callable[[int], None] = lambda _: None,
     *,
     run: Run,
     plan: Plan,
     start_step: int,
 ) -> None:
-    """Train from `start_step` finished steps to `plan.total_steps`. Raises `NonFinite` within an interval."""
+    """Train from `start_step` finished steps to `plan.total_steps`. Raises `NonFinite` within an interval.
+
+    `end_of` is told of each step that is done, after it was saved if it was to be.
+    """
     engine.train()
     finite, gradients = Finite(engine, teacher), Gradients(engine, groups, run.optim)
     waiting, schedules = Stopwatch(), {None, *(group["schedule"] for group in groups)}
@@ -64,6 +68,7 @@ def train_loop(
         if saving:
             save(done)
             metrics.restart_clock()
+        end_of(done)
 
 
 def rate_at(step: int, config: OptimConfig, plan: Plan, schedule: str | None = None) -> float:

@@ -35,8 +35,9 @@ class Stopwatch:
     def __init__(self) -> None:
         self.seconds = 0.0
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> "Stopwatch":
         self._start = time.perf_counter()
+        return self
 
     def __exit__(self, *_: object) -> None:
         self.seconds += time.perf_counter() - self._start
@@ -114,6 +115,10 @@ class Metrics:
 
     def restart_clock(self) -> None:
         self.clock = time.perf_counter()
+
+    def leave_out(self, seconds: float) -> None:
+        """Let so much of the time that just passed count as none: it was spent on something else."""
+        self.clock += seconds
 
     def close(self) -> None:
         if self.report:

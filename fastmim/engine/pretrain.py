@@ -20,6 +20,7 @@ from fastmim.data import (
     check_decoder,
     find_images,
     look_at_sizes,
+    subset,
 )
 from fastmim.data.feed.sizes import bytes_as_text
 from fastmim.data.sources.sample import sample_set
@@ -38,7 +39,7 @@ from fastmim.engine.doctor import versions
 from fastmim.engine.extension import build_fused_adam
 from fastmim.engine.frozen import check_files, facts_of_frozen, place_frozen
 from fastmim.engine.loop import train_loop
-from fastmim.engine.metrics import Metrics, NonFinite
+from fastmim.engine.metrics import Metrics, NonFinite, Stopwatch
 from fastmim.engine.pictures import draw_loss, draw_reconstruction
 from fastmim.engine.ranks import RankError, Ranks
 from fastmim.engine.run_dir import (
@@ -52,6 +53,8 @@ from fastmim.engine.run_dir import (
 )
 from fastmim.engine.shards import checkpoint_bytes, restore, write_shards
 from fastmim.engine.teacher import Teacher, check_copies, copy_students
+from fastmim.engine.validate import Validation, check_classes_alike
+from fastmim.interop.encoders import load_pretrained, transfer
 from fastmim.interop.mae import (
     check_names,
     from_mae,
@@ -94,7 +97,19 @@ def device_of(plan: Plan, ranks: Ranks) -> torch.device:
 
 def images_of(run: Run) -> Images:
     """The images of the run: its folder, or the training half of the embedded sample set."""
-    return find_images(sample_set() / "train" if run.data.path is None else run.data.path)
+    images = find_images(sample_set() / "train" if run.data.path is None else run.data.path)
+    return images if run.data.subset is None else subset(images, run.data.subset)
+
+
+def val_of(run: Run, images: Images) -> Images | None:
+    """The images to validate on, if there are any. ValueError where they are of no use."""
+    if run.data.val is None:
+        return None
+    if not run.method.labeled:
+        raise ValueError(f"data.val: want a method with labels, as supervised, got {run.method.name}")
+    val = find_images(run.data.val)
+    check_classes_alike(images, val)
+    return val
 
 
 def sizes_of(run: Run, plan: Plan, images: Images, ranks: Ranks) -> Sizes | None:
@@ -116,6 +131,7 @@ class Prepared:
     plan: Plan
     ranks: Ranks
     images: Images
+    val: Images | None  # to validate on
     sizes: Sizes | None  # of the images, where they are cached
     method: Method
     run_dir: Path
@@ -142,6 +158,7 @@ def prepare(run: Run) -> Prepared:
     if run.optim.name == "deepspeed":
         ranks.all_succeed(build_fused_adam, "building the optimizer")
     images = ranks.all_succeed(lambda: images_of(run), "finding the images")
+    val = ranks.all_succeed(lambda: val_of(run, images), "finding the images to validate on")
     plan = make_plan(run, images, world=ranks.world, device=device)
     sizes = ranks.all_succeed(lambda: sizes_of(run, plan, images, ranks), "looking at the images")
     method, weights = ranks.all_succeed(lambda: build_method(run), "building the model")
@@ -154,7 +171,7 @@ def prepare(run: Run) -> Prepared:
     checkpoints = Checkpoints(run_dir / "checkpoints", ranks, keep=run.keep)
     found, changed = find_checkpoint(run, run_dir, checkpoints, facts)
     return Prepared(
-        run=run, plan=plan, ranks=ranks, images=images, sizes=sizes, method=method, run_dir=run_dir,
+        run=run, plan=plan, ranks=ranks, images=images, val=val, sizes=sizes, method=method, run_dir=run_dir,
         checkpoints=checkpoints, facts=facts, found=found, changed=changed, weights=weights,
     )  # fmt: skip
 
@@ -181,10 +198,13 @@ def train(p: Prepared, *, arguments: list[str] | None = None) -> None:
                 lambda: write_configuration(p.run_dir, content), "writing config.json", CheckpointError
             )
             batches = iter(loader)
-            train_steps(p, engine, groups, teacher, batches, start_step)
+            validation = validation_of(p, start_step)
+            train_steps(p, engine, groups, teacher, batches, start_step, validation)
             state = whole_state(engine, teacher.values())
             if ranks.is_main:
                 write_results(p.run, p.run_dir, state, next(batches))
+                if validation is not None and (words := validation.summary()):
+                    print(f"{'val':>8}  {words}", flush=True)
     ranks.barrier()
 
 
@@ -195,8 +215,9 @@ def train_steps(
     teacher: Teacher,
     batches: Iterator[Batch],
     start_step: int,
+    validation: Validation | None,
 ) -> None:
-    """Every step that is left, with its metrics and checkpoints."""
+    """Every step that is left, with its metrics, checkpoints and looks at the validation images."""
     need_bytes = checkpoint_bytes(p.method, p.run, p.plan)
     metrics = Metrics(
         p.run_dir, p.plan, p.ranks, log_every=p.run.log_every, batch=p.run.batch, start_step=start_step,
@@ -212,10 +233,18 @@ def train_steps(
         )
         log.info("checkpoint %s", path)
 
+    def end_of(step: int) -> None:
+        if validation is not None and validation.due(step):
+            with Stopwatch() as looking:
+                validation(engine, step)
+            metrics.leave_out(looking.seconds)
+
     try:
+        end_of(start_step)  # where a stop came between the checkpoint and the look
         train_loop(
-            engine, groups, teacher, batches, metrics, save, run=p.run, plan=p.plan, start_step=start_step
-        )
+            engine, groups, teacher, batches, metrics, save, end_of, run=p.run, plan=p.plan,
+            start_step=start_step,
+        )  # fmt: skip
     finally:
         metrics.close()
 
@@ -226,12 +255,16 @@ def train_steps(
 def build_method(run: Run) -> tuple[Method, str | None]:
     """The method with fresh weights of the seed, or with those of `--init-from` and a line on which.
 
-    A teacher that is not in that file starts as a copy of what its student has become.
+    A teacher that is not in that file starts as a copy of what its student has become. A method that
+    transfers takes the encoder alone, whatever the file is of.
     """
     torch.manual_seed(run.seed)
     method = run.method.build(run.model)
     check_names(method.state_dict())
     check_copies(method)
+    if run.method.transfers and run.init_from is not None and not (run.resume and not method.frozen):
+        found = load_pretrained(run.init_from, heads=run.model.heads)
+        return method, transfer(found, method.start)
     if run.init_from is None or run.resume:
         return method, None
     flat, wanted = read_weights(run.init_from), method.state_dict()
@@ -291,6 +324,17 @@ def loader_of(p: Prepared, start_step: int) -> Loader:
     )
 
 
+def validation_of(p: Prepared, start_step: int) -> Validation | None:
+    """What looks at the validation images, if there are any."""
+    if p.val is None:
+        return None
+    return Validation(
+        p.val, p.ranks, p.run_dir, size=p.run.model.size, channels=p.run.model.channels,
+        batch=p.plan.micro_batch, threads=p.run.data.num_threads(), device=device_of(p.plan, p.ranks),
+        steps_per_epoch=p.plan.steps_per_epoch, total_steps=p.plan.total_steps, start_step=start_step,
+    )  # fmt: skip
+
+
 def configuration(p: Prepared, arguments: list[str] | None) -> dict[str, Any]:
     """What config.json says of the run."""
     return {
@@ -310,6 +354,8 @@ def describe(p: Prepared) -> None:
         ("method", f"{run.method.name}, {trained / 1e6:.1f} M trained parameters"),
         ("encoder", run.method.words(model)),
         ("data", f"{len(p.images)} images in {p.images.root}, decoder {run.data.decoder}"),
+        *([("part", f"--data.subset {run.data.subset}")] if run.data.subset else []),
+        *([("val", f"{len(p.val)} images in {p.val.root}, after each epoch")] if p.val else []),
         *([("left out", str(p.images.left_out))] if p.images.left_out else []),
         *cache_line(p),
         (

@@ -27,7 +27,7 @@ from fastmim.interop.hf import from_hf, pixel_statistics, read_config, weight_fi
 from fastmim.interop.mae import ENCODER, MASK_TOKEN, abridged, bare_part
 from fastmim.interop.metadata import encoder_of
 from fastmim.interop.weights_file import read_weights
-from fastmim.models.embed import TO_CLASS, sincos_2d
+from fastmim.models.embed import TO_CLASS, resize_positions, sincos_2d
 from fastmim.models.swin import SwinEncoder
 from fastmim.models.vit import Encoder, Positions, QKVBias, ViTConfig
 
@@ -172,6 +172,33 @@ def load_strictly(encoder: Encoder | SwinEncoder, state: Mapping[str, Tensor], o
     if problems:
         raise ValueError(f"{origin} is no encoder of ours: {'; '.join(problems)}")
     encoder.load_state_dict({name: t.float() for name, t in state.items()}, strict=False)
+
+
+def transfer(found: Pretrained, target: nn.Module) -> str:
+    """Fill an encoder with another's weights; says in a line what was taken, changed and left.
+
+    Positions of another grid are resized bicubically; relative ones cannot be. ValueError where sizes differ.
+    """
+    if not isinstance(target, Encoder) or not isinstance(found.encoder, Encoder):
+        raise ValueError(f"init-from: want a vision transformer, got another in {found.origin}")
+    old, new = found.encoder.config, target.config
+    state = {name: t for name, t in found.encoder.state_dict().items() if name != "mask_token"}
+    words = [found.words]
+    if target.norm is None and found.encoder.norm is not None:
+        state = {name: t for name, t in state.items() if not name.startswith("norm.")}
+        words.append("without its last norm")
+    if old.grid != new.grid and "pos_embed" in state:
+        state["pos_embed"] = resize_positions(state["pos_embed"], old.grid, new.grid)
+        words.append(
+            f"positions of {old.grid[0]} x {old.grid[1]} patches resized to {new.grid[0]} x {new.grid[1]}"
+        )
+    elif old.grid != new.grid:
+        raise ValueError(
+            f"init-from: want {old.grid[0]} x {old.grid[1]} patches, as the relative positions of "
+            f"{found.origin} are of, which cannot be resized; got {new.grid[0]} x {new.grid[1]}"
+        )
+    load_strictly(target, state, found.origin)
+    return "; ".join(words)
 
 
 def take_mask_token(encoder: Encoder | SwinEncoder, flat: Mapping[str, Tensor]) -> None:

@@ -47,6 +47,7 @@ class MethodConfig:
     labeled: ClassVar[bool] = False  # whether its batches must have labels
     couples_batch: ClassVar[bool] = False  # whether the loss of an image depends on the others beside it
     variants: ClassVar[Mapping[str, Variant]] = {}  # other rows of the paper's tables: --variant
+    transfers: ClassVar[bool] = False  # whether --init-from is an encoder of whatever method or library
     # by --recipe: what it changes beside sizes, by the dotted names of a run, as method.ema
     scales: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     file_words: ClassVar[str] = "the file of a frozen module"  # what `files` are, for a person
@@ -119,7 +120,13 @@ class Method(nn.Module):
         str, nn.Module
     ] = {}  # tokenizers: placed by the engine; not trained, cast, sharded, saved
 
+    @property
+    def start(self) -> nn.Module:
+        """What --init-from fills, in a method that `transfers`."""
+        return self.encoder
+
     def forward(self, batch: Batch) -> Output:
+        """The loss of a batch. In evaluation, of methods with labels, metrics are sums over its images."""
         raise NotImplementedError
 
     def share(self, ranks: AcrossRanks) -> None:

@@ -10,6 +10,7 @@ Source  "random init" of arXiv:2208.04164, Table 1: the settings of fine-tuning 
         learned, and first weights as timm's, as in models_vit of facebookresearch/mae.
 Keys    fc_norm and head beside the encoder: with global_pool="avg", timm's ViT loads model.safetensors.
 Decay   none for class token and positions, besides MAE's 1-D rule.
+Limits  in evaluation the loss is without smoothing, and metrics are sums over images: `judged`.
 Shapes  B images, N patches, D width, K classes.
 """
 
@@ -128,6 +129,23 @@ class SupervisedConfig(MethodConfig):
         return Supervised(self, model)
 
 
+def judged(logits_BK: Tensor, labels_B: Tensor, name: str = "") -> Output:
+    """Sums over the images that have a label, not -1: how many they are, right at once, among the first five.
+
+    The loss is without smoothing.
+    """
+    there_B = labels_B >= 0
+    label_B1 = labels_B.clamp(min=0)[:, None]
+    first = logits_BK.topk(min(5, logits_BK.shape[1]), dim=1).indices == label_B1
+    loss_B = F.cross_entropy(logits_BK, label_B1[:, 0], reduction="none")
+    sums = {
+        f"{name}top1": (first[:, 0] & there_B).sum(),
+        f"{name}top5": (first.any(1) & there_B).sum(),
+        f"{name}loss": (loss_B * there_B).sum(),
+    }
+    return Output(sums[f"{name}loss"], {"images": there_B.sum(), **sums})
+
+
 class Supervised(Method):
     config: SupervisedConfig
     encoder: Encoder
@@ -149,6 +167,8 @@ class Supervised(Method):
     def forward(self, batch: Batch) -> Output:
         if batch.labels_B is None:
             raise ValueError("want a batch with labels, got one without")
+        if not self.training:
+            return judged(self.logits(batch.crops[0]).float(), batch.labels_B)
         image_BHWC, target_BK = self.shown(batch, batch.labels_B)
         logits_BK = self.logits(image_BHWC, batch.seeds_B).float()
         loss = -(target_BK * F.log_softmax(logits_BK, dim=1)).sum(1).mean()
@@ -165,8 +185,6 @@ class Supervised(Method):
         """The images of a batch, erased and mixed, and their targets. `[B, H, W, C]` and `[B, K]`, fp32."""
         c, (image_BHWC,), seeds_B = self.config, batch.crops, batch.seeds_B
         target_BK = smoothed(labels_B, c.classes, c.smoothing)
-        if not self.training:
-            return image_BHWC, target_BK
         if c.erase or c.mixes:
             image_BHWC = image_BHWC.float() / 255
         if c.erase:

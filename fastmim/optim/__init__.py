@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from fastmim.optim.apex import apex_adamw, find_fused_adam
+from fastmim.optim.lars import LARS
 from fastmim.optim.schedule import Schedule
 
 
@@ -14,8 +15,9 @@ from fastmim.optim.schedule import Schedule
 class OptimConfig:
     """AdamW and its schedules."""
 
-    name: Literal["adamw", "deepspeed", "apex"] = "adamw"
-    """adamw: torch's fused AdamW; deepspeed, apex: the FusedAdam of DeepSpeed or of NVIDIA's apex"""
+    name: Literal["adamw", "deepspeed", "apex", "lars", "sgd"] = "adamw"
+    """adamw: torch's fused AdamW; deepspeed, apex: the FusedAdam of DeepSpeed or of NVIDIA's apex; lars, sgd:
+    with the momentum betas[0], for linear probes"""
     blr: float = 1.5e-4
     """Base learning rate: the rate is blr * batch / 256"""
     lr: float | None = None
@@ -84,6 +86,14 @@ def torch_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.opti
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
 
 
+def lars(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    return LARS(groups, momentum=config.betas[0])
+
+
+def sgd(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=0.0, momentum=config.betas[0])
+
+
 def check_optimizer(config: OptimConfig) -> None:
     """ImportError if the optimizer asked for cannot be had here."""
     if config.name == "apex":
@@ -93,5 +103,7 @@ def check_optimizer(config: OptimConfig) -> None:
 OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], OptimConfig], torch.optim.Optimizer]] = {
     "adamw": torch_adamw,
     "apex": apex_adamw,
+    "lars": lars,
+    "sgd": sgd,
     # "deepspeed" is made by DeepSpeed itself: fastmim.engine.deepspeed asks for it in its dictionary
 }

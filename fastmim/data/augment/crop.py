@@ -4,6 +4,7 @@
                 w = round(sqrt(area * aspect)),  h = round(sqrt(area / aspect))
                 the first that fits (0 < w <= W, 0 < h <= H) gets a corner, uniform among those inside
     else:       the largest central box whose aspect is clamped to ratio
+    `clamp`:    the first try, w and h cut to W and H: the crop of MAE's linear probe, util/crop.py
 
 Source  RandomResizedCrop of pytorch/vision: the law, not its random numbers.
 Shapes  B = samples; a box is (top, left, height, width) in pixels of the stored image.
@@ -20,6 +21,7 @@ from fastmim.streams import BOXES
 from fastmim.views import Crop
 
 TRIES = 10
+OF_A_BOX = ("scale", "ratio", "clamp", "flip")
 
 
 def draw_boxes(seeds_B: Tensor, sizes_B2: np.ndarray, crop: Crop) -> tuple[np.ndarray, np.ndarray]:
@@ -31,6 +33,8 @@ def draw_boxes(seeds_B: Tensor, sizes_B2: np.ndarray, crop: Crop) -> tuple[np.nd
     area = (height_B * width_B)[:, None] * _between(tries[:, :, 0], crop.scale)
     aspect = np.exp(_between(tries[:, :, 1], np.log(crop.ratio)))
     w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    if crop.clamp:
+        w, h = w.clip(1, width_B[:, None]), h.clip(1, height_B[:, None])
     fits = (w > 0) & (w <= width_B[:, None]) & (h > 0) & (h <= height_B[:, None])
     first_B = fits.argmax(axis=1)
     rows = np.arange(len(first_B))
@@ -64,7 +68,7 @@ def by_box(crops: Sequence[Crop]) -> dict[int, Crop]:
     found: dict[int, Crop] = {}
     for crop in crops:
         first = found.setdefault(crop.box, crop)
-        if (first.scale, first.ratio, first.flip) != (crop.scale, crop.ratio, crop.flip):
+        if any(getattr(first, name) != getattr(crop, name) for name in OF_A_BOX):
             raise ValueError(f"want one scale, ratio and flip for box {crop.box}, got {first} and {crop}")
     if not found:
         raise ValueError("want at least one crop, got none")

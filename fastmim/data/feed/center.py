@@ -5,7 +5,7 @@
 Source  Resize and CenterCrop of pytorch/vision on PIL images; 256 and 224 pixels, as in MAE's evaluation.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from fastmim_kernels import resized_crop
@@ -41,10 +41,12 @@ def center_crops(
     fraction: float = FRACTION,
     batch: int = 256,
     threads: int = 2,
+    bad: Callable[[int, str], None] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The images of these ids (None: all) in their order, uint8 `[B, H, W, C]`, and the ids, int64 `[B]`.
 
-    ValueError, naming it, for an image that cannot be decoded, and for a fraction outside (0, 1].
+    ValueError, naming it, for an image that cannot be decoded, unless `bad` is to be told of its id and why:
+    then it is black. ValueError for a fraction outside (0, 1].
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"want a center crop of a fraction in (0, 1], got {fraction}")
@@ -53,6 +55,9 @@ def center_crops(
         try:
             _, image = read_image(images, sample_id)
         except BadImage as error:
+            if bad is not None:
+                bad(sample_id, str(error))
+                return torch.zeros(*size, channels, dtype=torch.uint8)
             raise ValueError(
                 f"{images.names[sample_id]} in {images.root} cannot be decoded: {error}"
             ) from None
