@@ -10,6 +10,7 @@ fastmim knn RUN_DIR --train A --test B  how well nearest neighbors read its froz
 fastmim finetune WEIGHTS --data.path A --data.val B  all of an encoder on labels; also: linear, a probe
 fastmim embed WEIGHTS --data P --out F  features of images, with ids and labels, as Parquet or safetensors
 fastmim cka WEIGHTS... --data PATH      how far the features of each block outlast hidden patches
+fastmim shape-bias WEIGHTS... --data P  whether a classifier goes by shape or by texture, on cue conflicts
 fastmim psnr WEIGHTS... --data PATH     how near predicted pixels are to the true ones, in dB
 fastmim reconstruct WEIGHTS IMAGES      a picture of what a checkpoint predicts; --animate over ratios
 fastmim doctor [--json]                 what this machine will run on, and why
@@ -79,6 +80,12 @@ def cka(arguments: list[str]) -> None:
     command.main(arguments)
 
 
+def shape_bias(arguments: list[str]) -> None:
+    from fastmim.commands import shape_bias as command
+
+    command.main(arguments)
+
+
 def psnr(arguments: list[str]) -> None:
     from fastmim.commands import psnr as command
 
@@ -109,6 +116,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "linear": partial(transfer, "linear"),
     "embed": embed,
     "cka": cka,
+    "shape-bias": shape_bias,
     "psnr": psnr,
     "reconstruct": reconstruct,
     "doctor": doctor,
