@@ -13,6 +13,7 @@ fastmim cka WEIGHTS... --data PATH      how far the features of each block outla
 fastmim shape-bias WEIGHTS... --data P  whether a classifier goes by shape or by texture, on cue conflicts
 fastmim psnr WEIGHTS... --data PATH     how near predicted pixels are to the true ones, in dB
 fastmim reconstruct WEIGHTS IMAGES      a picture of what a checkpoint predicts; --animate over ratios
+fastmim attention WEIGHTS IMAGES        what its heads look at, and the rollout; pca: patch features as colors
 fastmim doctor [--json]                 what this machine will run on, and why
 """
 
@@ -86,6 +87,12 @@ def shape_bias(arguments: list[str]) -> None:
     command.main(arguments)
 
 
+def maps(kind: str, arguments: list[str]) -> None:
+    from fastmim.commands import maps as command
+
+    command.main(kind, arguments)
+
+
 def psnr(arguments: list[str]) -> None:
     from fastmim.commands import psnr as command
 
@@ -117,6 +124,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "embed": embed,
     "cka": cka,
     "shape-bias": shape_bias,
+    "attention": partial(maps, "attention"),
+    "pca": partial(maps, "pca"),
     "psnr": psnr,
     "reconstruct": reconstruct,
     "doctor": doctor,
