@@ -6,7 +6,7 @@ Flags are `--field value...` or `--field=value`, booleans `--field` and `--no-fi
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-PATHS = ("data.path", "data.val", "init-from", "run-dir", "method.tokenizer")
+PATHS = ("data.path", "data.val", "probe.data", "init-from", "run-dir", "method.tokenizer")
 
 
 def field_of(argument: str) -> str | None:

@@ -22,6 +22,23 @@ LAST_MILESTONE = 7 / 8  # of a run that ends before it, as in SimMIM: 700 of 800
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """kNN on the frozen features of a labeled set while training goes on."""
+
+    data: Path | None = None
+    """Labeled images. Without it: no probe"""
+    every: int = 5
+    """Epochs between two looks"""
+    images: int = 2000
+    """Images of the set, evenly spaced"""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"probe.{name}: want at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """One pre-training run."""
 
@@ -29,6 +46,7 @@ class Run:
     model: ViTConfig
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
     batch: int = 1024
     """Images per optimizer step, over all ranks and micro-batches"""
     accumulate: int = 1
@@ -169,9 +187,12 @@ def with_absolute_paths(run: Run) -> Run:
         data = dataclasses.replace(data, val=Path(data.val).absolute())
     if data.subset is not None and Path(data.subset).is_file():
         data = dataclasses.replace(data, subset=str(Path(data.subset).absolute()))
+    probe = run.probe
+    if probe.data is not None:
+        probe = dataclasses.replace(probe, data=Path(probe.data).absolute())
     if init_from is not None:
         init_from = Path(init_from).absolute()
-    return dataclasses.replace(run, data=data, init_from=init_from)
+    return dataclasses.replace(run, data=data, probe=probe, init_from=init_from)
 
 
 def as_dict(value: Any) -> Any:

@@ -32,6 +32,7 @@ def train_loop(
     metrics: Metrics,
     save: Callable[[int], None],
     end_of: Callable[[int], None] = lambda _: None,
+    probe: Callable[[int], Mapping[str, float]] = lambda _: {},
     *,
     run: Run,
     plan: Plan,
@@ -39,7 +40,8 @@ def train_loop(
 ) -> None:
     """Train from `start_step` finished steps to `plan.total_steps`. Raises `NonFinite` within an interval.
 
-    `end_of` is told of each step that is done, after it was saved if it was to be.
+    What `probe` finds after a step joins its row. `end_of` is told of each step, after it was saved if it was
+    to be.
     """
     engine.train()
     finite, gradients = Finite(engine, teacher), Gradients(engine, groups, run.optim)
@@ -63,6 +65,7 @@ def train_loop(
         engine.module.after_step(done / plan.total_steps)
         saving = done % run.save_every == 0 or done == plan.total_steps
         metrics.add(done, rates[None], outputs, norm, finite.look(norm, everything=saving))
+        metrics.also(done, probe(done))
         if metrics.due(done) or saving:
             metrics.flush(seconds_waiting=waiting.take())  # raises before what is not finite is saved
         if saving:

@@ -1,6 +1,7 @@
 """Numbers of a run: kept on the device between log steps, then written as JSON lines, events and a bar.
 
-Rows      `metrics.jsonl`, one row per step: step, epoch, loss, the method's own metrics, lr. The last row of
+Rows      `metrics.jsonl`, one row per step: step, epoch, loss, the method's own metrics, lr; after some
+          epochs those of the probe. The last row of
           an interval also has images_per_s (per rank), data_wait (share of the time spent waiting for
           data), seconds. Loss and metrics are means over micro-batches and ranks.
 Resume    rows after the checkpoint's step are dropped: the resumed run writes them again, the same.
@@ -67,6 +68,7 @@ class Metrics:
         self.pending: list[tuple[int, float, dict[str, Tensor], Tensor]] = []
         self.report = Report(run_dir, plan, start_step) if ranks.is_main else None
         self.diagnose, self.warned = diagnose, False
+        self.extras: dict[int, dict[str, float]] = {}
         self.restart_clock()
 
     def add(self, step: int, rate: float, outputs: Sequence[Output], norm: Tensor, left: Tensor) -> None:
@@ -77,6 +79,11 @@ class Metrics:
         rows = [{"loss": o.loss.detach(), **o.metrics} for o in outputs]
         means = {name: torch.stack([row[name].float() for row in rows]).mean() for name in rows[0]}
         self.pending.append((step, rate, {**means, "grad_norm": norm}, left))
+
+    def also(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers that join the row of a step which is not written yet; they are on the host already."""
+        if values:
+            self.extras[step] = dict(values)
 
     def due(self, step: int) -> bool:
         return step % self.log_every == 0
@@ -98,6 +105,7 @@ class Metrics:
                 "epoch": step / self.plan.steps_per_epoch,
                 **dict(zip(names, line, strict=True)),
                 "lr": rate,
+                **self.extras.pop(step, {}),
             }
             for (step, rate, *_), line in zip(self.pending, zip(*columns, strict=True), strict=True)
         ]

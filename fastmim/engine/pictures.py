@@ -9,7 +9,7 @@ Limits  the only module of the engine that imports matplotlib and Pillow; no pyp
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -49,6 +49,7 @@ GAP = 2  # white pixels between the cells of the grid
 COLUMNS = ("original", "masked", "reconstruction", "prediction alone")
 MAX_ROWS = 8  # samples in the file
 MIN_SIDE = 128  # pixels: smaller images are enlarged in the file
+PROBE = "knn_"  # how the names of the probe's numbers begin
 NO_PARTS = {"step", "epoch", "loss", "lr", "images_per_s", "data_wait", "seconds"}
 
 
@@ -66,8 +67,11 @@ def draw_loss(metrics_jsonl: Path, png: Path) -> None:
     FigureCanvasAgg(figure)
     loss_axis, lr_axis = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     loss_axis.plot(steps, columns["loss"], color="C0", alpha=0.35, linewidth=0.7, marker=_marker(steps))
-    for k, name in enumerate(["loss", *sorted(columns.keys() - NO_PARTS)]):
+    probes = sorted(name for name in columns if name.startswith(PROBE))
+    for k, name in enumerate(["loss", *sorted(columns.keys() - NO_PARTS - set(probes))]):
         _plot_smoothed(loss_axis, steps, columns[name], window, name, f"C{k}")
+    if probes:
+        _draw_probes(loss_axis.twinx(), steps, {name: columns[name] for name in probes})
     loss_axis.set_ylabel("loss (mean per scored value)")
     loss_axis.legend(title=f"mean of {window} steps" if window > 1 else None)
     if "lr" in columns:
@@ -78,6 +82,15 @@ def draw_loss(metrics_jsonl: Path, png: Path) -> None:
     for axis in (loss_axis, lr_axis):
         axis.grid(alpha=0.3)
     figure.savefig(png)
+
+
+def _draw_probes(axis: Axes, steps: np.ndarray, columns: Mapping[str, np.ndarray]) -> None:
+    """What neighbors say of the frozen features, on a scale of its own."""
+    for name, line in zip(columns, ("--", ":"), strict=False):
+        known = np.isfinite(columns[name])
+        axis.plot(steps[known], 100 * columns[name][known], f"k{line}", marker="o", markersize=3, label=name)
+    axis.set_ylabel("right by 20 neighbors, %")
+    axis.legend(loc="lower left", fontsize=8)
 
 
 def read_metrics(metrics_jsonl: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:

@@ -41,6 +41,7 @@ from fastmim.engine.frozen import check_files, facts_of_frozen, place_frozen
 from fastmim.engine.loop import train_loop
 from fastmim.engine.metrics import Metrics, NonFinite, Stopwatch
 from fastmim.engine.pictures import draw_loss, draw_reconstruction
+from fastmim.engine.probe import Probe, probed_images
 from fastmim.engine.ranks import RankError, Ranks
 from fastmim.engine.run_dir import (
     check_room,
@@ -132,6 +133,7 @@ class Prepared:
     ranks: Ranks
     images: Images
     val: Images | None  # to validate on
+    probed: Images | None  # on which neighbors are looked for
     sizes: Sizes | None  # of the images, where they are cached
     method: Method
     run_dir: Path
@@ -159,9 +161,12 @@ def prepare(run: Run) -> Prepared:
         ranks.all_succeed(build_fused_adam, "building the optimizer")
     images = ranks.all_succeed(lambda: images_of(run), "finding the images")
     val = ranks.all_succeed(lambda: val_of(run, images), "finding the images to validate on")
+    probed = ranks.all_succeed(lambda: probed_images(run.probe), "finding the images of the probe")
     plan = make_plan(run, images, world=ranks.world, device=device)
     sizes = ranks.all_succeed(lambda: sizes_of(run, plan, images, ranks), "looking at the images")
     method, weights = ranks.all_succeed(lambda: build_method(run), "building the model")
+    if probed is not None and not hasattr(method, "encoder"):
+        raise ValueError(f"probe.data: want a method that trains an encoder, got {run.method.name}")
     facts = run_facts(run, plan, images) | facts_of_frozen(method)
     need_bytes = checkpoint_bytes(method, run, plan)
     ranks.from_main(lambda: check_room(place_of(run), need_bytes), "looking for room for a checkpoint")
@@ -171,8 +176,8 @@ def prepare(run: Run) -> Prepared:
     checkpoints = Checkpoints(run_dir / "checkpoints", ranks, keep=run.keep)
     found, changed = find_checkpoint(run, run_dir, checkpoints, facts)
     return Prepared(
-        run=run, plan=plan, ranks=ranks, images=images, val=val, sizes=sizes, method=method, run_dir=run_dir,
-        checkpoints=checkpoints, facts=facts, found=found, changed=changed, weights=weights,
+        run=run, plan=plan, ranks=ranks, images=images, val=val, probed=probed, sizes=sizes, method=method,
+        run_dir=run_dir, checkpoints=checkpoints, facts=facts, found=found, changed=changed, weights=weights,
     )  # fmt: skip
 
 
@@ -239,10 +244,20 @@ def train_steps(
                 validation(engine, step)
             metrics.leave_out(looking.seconds)
 
+    probe = probe_of(p)
+
+    def look(step: int) -> Mapping[str, float]:
+        if probe is None or not probe.due(step):
+            return {}
+        with Stopwatch() as looking:
+            found = probe(engine)
+        metrics.leave_out(looking.seconds)
+        return found
+
     try:
         end_of(start_step)  # where a stop came between the checkpoint and the look
         train_loop(
-            engine, groups, teacher, batches, metrics, save, end_of, run=p.run, plan=p.plan,
+            engine, groups, teacher, batches, metrics, save, end_of, look, run=p.run, plan=p.plan,
             start_step=start_step,
         )  # fmt: skip
     finally:
@@ -335,6 +350,17 @@ def validation_of(p: Prepared, start_step: int) -> Validation | None:
     )  # fmt: skip
 
 
+def probe_of(p: Prepared) -> Probe | None:
+    """What looks for neighbors, if there are images to do so."""
+    if p.probed is None:
+        return None
+    return Probe(
+        p.run.probe, p.probed, p.ranks, size=p.run.model.size, channels=p.run.model.channels,
+        batch=p.plan.micro_batch, threads=p.run.data.num_threads(), device=device_of(p.plan, p.ranks),
+        steps_per_epoch=p.plan.steps_per_epoch, total_steps=p.plan.total_steps,
+    )  # fmt: skip
+
+
 def configuration(p: Prepared, arguments: list[str] | None) -> dict[str, Any]:
     """What config.json says of the run."""
     return {
@@ -356,6 +382,7 @@ def describe(p: Prepared) -> None:
         ("data", f"{len(p.images)} images in {p.images.root}, decoder {run.data.decoder}"),
         *([("part", f"--data.subset {run.data.subset}")] if run.data.subset else []),
         *([("val", f"{len(p.val)} images in {p.val.root}, after each epoch")] if p.val else []),
+        *([("probe", f"kNN on {p.probed.root} every {run.probe.every} epochs")] if p.probed else []),
         *([("left out", str(p.images.left_out))] if p.images.left_out else []),
         *cache_line(p),
         (

@@ -11,7 +11,7 @@ Resume   rows after the checkpoint's step are dropped; one that a stop prevented
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,9 +111,7 @@ class Validation:
 
     def batches(self) -> Iterator[Batch]:
         """This rank's share. A label of -1 says that an image does not count."""
-        world, N = self.ranks.world, len(self.images)
-        ids = list(range(self.ranks.rank, N, world))
-        padded = ids + [ids[0] if ids else 0] * (math.ceil(N / world) - len(ids))
+        padded, count = share_of(range(len(self.images)), self.ranks)
         bad: set[int] = set()
         crops = center_crops(
             self.images, self.size, ids=padded, channels=self.channels, batch=self.batch,
@@ -122,7 +120,7 @@ class Validation:
         seen = 0
         for pixels, ids_B in crops:
             labels = [
-                -1 if i in bad or seen + k >= len(ids) else int(self.images.labels[i])  # type: ignore[index]
+                -1 if i in bad or seen + k >= count else int(self.images.labels[i])  # type: ignore[index]
                 for k, i in enumerate(ids_B.tolist())
             ]
             seen += len(labels)
@@ -141,6 +139,12 @@ class Validation:
             best = max(self.rows, key=lambda row: row[name])
             lines.append(f"best {name} {100 * best[name]:.2f} % after epoch {best['epoch']:g}")
         return "; ".join(lines)
+
+
+def share_of(ids: Sequence[int], ranks: Ranks) -> tuple[list[int], int]:
+    """This rank's ids, each world-th from its own on, and how many are not padding: all ranks get as many."""
+    own = list(ids[ranks.rank :: ranks.world])
+    return own + [ids[0]] * (math.ceil(len(ids) / ranks.world) - len(own)), len(own)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
