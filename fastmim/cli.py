@@ -14,7 +14,7 @@ fastmim shape-bias WEIGHTS... --data P  whether a classifier goes by shape or by
 fastmim psnr WEIGHTS... --data PATH     how near predicted pixels are to the true ones, in dB
 fastmim reconstruct WEIGHTS IMAGES      a picture of what a checkpoint predicts; --animate over ratios
 fastmim attention WEIGHTS IMAGES        what its heads look at, and the rollout; pca: patch features as colors
-fastmim tables 1 4 8 --data SET         the paper's tables: their runs, resumable, beside its numbers
+fastmim tables 1 4 8 --data SET         the paper's tables: their runs, resumable, beside its numbers; figures
 fastmim doctor [--json]                 what this machine will run on, and why
 """
 
@@ -112,6 +112,12 @@ def tables(arguments: list[str]) -> None:
     command.main(arguments)
 
 
+def figures(arguments: list[str]) -> None:
+    from fastmim.commands import figures as command
+
+    command.main(arguments)
+
+
 def doctor(arguments: list[str]) -> None:
     from fastmim.commands import doctor as command
 
@@ -136,6 +142,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "psnr": psnr,
     "reconstruct": reconstruct,
     "tables": tables,
+    "figures": figures,
     "doctor": doctor,
 }
 

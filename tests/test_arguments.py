@@ -198,7 +198,7 @@ def test_shortened_flags_are_none(capsys):
         (
             ["--method", "rmea"],
             "method: want one of mae, rmae, cmae, cmae_huang, simmim, beit, ibot, data2vec, mocov3, dino, "
-            "cae, supervised, dvae, dvae_large, vq, kmeans, got 'rmea'; did you mean rmae?",
+            "cae, supervised, finetune, linear, dvae, dvae_large, vq, kmeans, got 'rmea'; did you mean rmae?",
         ),
         (["--method", "cmae", "--variant", "byoll"], "got 'byoll'; did you mean byol?"),
         (["--method", "mae", "--variant", "byol"], "variant of mae: want one of color-whole, color-visible"),

@@ -2,8 +2,8 @@
 
 Of a row it is said how its encoder comes about (`method`, `flags`, epochs, the images it may see), and of
 each of its cells what the paper has there. Percentages are of ViT-B on ImageNet-1k, those of Table 5 of
-ViT-S on ImageNet-100; PSNR is in dB. The colors that say which column of Table 5 is which, and which row of Table 6 is
-which, were lost in the published text: their order is reconstructed.
+ViT-S on ImageNet-100; PSNR is in dB. The colors that say which column of Table 5 is which, and which row of
+Table 6 is which, were lost in the published text: their order is reconstructed.
 """
 
 from collections.abc import Mapping

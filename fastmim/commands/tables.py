@@ -85,19 +85,9 @@ def main(arguments: list[str]) -> None:
         prog="fastmim tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("tables", nargs="+", type=int, choices=sorted(TABLES), metavar="N", help="1 to 8")
-    parser.add_argument(
-        "--data", type=Path, required=True, help="has train/CLASS and val/CLASS or test/CLASS"
-    )
-    parser.add_argument("--out", type=Path, default=Path("tables"), help="runs and tables (tables)")
-    parser.add_argument("--scale", choices=SCALES, default="tiny")
-    parser.add_argument(
-        "--seeds", type=int, default=1, help="runs of each row; the table has mean and spread"
-    )
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each row; then mean and spread (1)")
     parser.add_argument("--rows", nargs="+", metavar="LABEL", help="these rows alone")
-    parser.add_argument("--tokenizer", type=Path, help="of BEiT and CAE (trained first)")
-    parser.add_argument("--launch", default=None, help="what starts a run (python; deepspeed with full)")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands, and do nothing")
-    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="for every training run")
+    add_maker(parser)
     args = parser.parse_args(arguments)
     try:
         if args.seeds < 1:
@@ -112,6 +102,17 @@ def main(arguments: list[str]) -> None:
         parser.exit(2, f"fastmim: error: {error}\n")
     except Stopped as error:
         parser.exit(1, f"fastmim: error: {error}; the same command goes on from here\n")
+
+
+def add_maker(parser: argparse.ArgumentParser) -> None:
+    """What runs are made of, and where."""
+    parser.add_argument("--data", type=Path, required=True, help="has train/CLASS, and val/ or test/CLASS")
+    parser.add_argument("--out", type=Path, default=Path("tables"), help="runs and results (tables)")
+    parser.add_argument("--scale", choices=SCALES, default="tiny")
+    parser.add_argument("--tokenizer", type=Path, help="of BEiT and CAE (trained first)")
+    parser.add_argument("--launch", default=None, help="what starts a run (python; deepspeed with full)")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands, and do nothing")
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="for every training run")
 
 
 def with_rows(table: Table, labels: Sequence[str] | None) -> Table:
@@ -325,9 +326,9 @@ class Maker:
             length += f"{s.finetune_images:,} of fine-tuning, {s.linear_images:,} of probing"
         columns = "; ".join(f"{name}: {words}" for name, words in COLUMNS.items())
         return (
-            f"Scale {self.args.scale}: {s.words}; {length}; {self.num_images():,} images in the set. Linear: "
-            f"the better of class token and mean. {columns}. With several seeds: mean ± standard deviation. On "
-            f"{device}, torch {found.get('torch')}, Python {found.get('python')}."
+            f"Scale {self.args.scale}: {s.words}; {length}; {self.num_images():,} images in the set. "
+            f"Linear: the better of class token and mean. {columns}. With several seeds: mean ± standard "
+            f"deviation. On {device}, torch {found.get('torch')}, Python {found.get('python')}."
         )
 
 

@@ -96,11 +96,39 @@ def test_every_table_says_its_commands(data, tmp_path, monkeypatch, capsys):
         assert len(lines) > 60
         for line in dict.fromkeys(lines):
             words = shlex.split(line)
-            given = words[2:] if words[0].endswith("python") or "python" in words[0] else words[2:]
+            given = words[2:]
             if "--labels" in given:  # what `fastmim finetune` makes of it
                 given = ["--data.subset" if word == "--labels" else word for word in given]
             command, _ = parse(given, quiet=True)
             assert command.run.run_dir is not None
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("smaller")
+def test_a_figure_is_drawn_of_the_runs(data, tmp_path, monkeypatch):
+    from fastmim.commands import figures
+
+    monkeypatch.setitem(figures.FIGURES, 1, (figures.MAE, figures.RANDOM))
+    command = ["fastmim", "figures", "1", "--data", str(data), "--out", str(tmp_path / "o"), "--images", "12"]
+    monkeypatch.setattr(sys, "argv", command)
+    cli.main()
+    rows = list(csv.DictReader((tmp_path / "o" / "figure_1.csv").open()))
+    assert {row["checkpoint"] for row in rows} == {"MAE", "random init"}
+    assert len(rows) == 9 * (2 + 1)  # of MAE the block and the norm, of the classifier the block alone
+    assert (tmp_path / "o" / "figure_1.pdf").read_bytes().startswith(b"%PDF")
+    assert (tmp_path / "o" / "runs" / "scratch-ft" / "model.safetensors").exists()
+
+
+def test_every_figure_says_its_commands(data, tmp_path, monkeypatch, capsys):
+    command = ["fastmim", "figures", "1", "2", "3", "4", "--data", str(data), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [*command, "--dry-run"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "--cue-conflict: want the images of figure 4" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*command, "--dry-run", "--cue-conflict", str(tmp_path)])
+    cli.main()
+    said = capsys.readouterr().out
+    assert said.count("--method mae") >= 8 and said.count("--method mocov3") >= 1
 
 
 def test_rows_are_the_papers():
