@@ -41,6 +41,31 @@ def test_knn_is_the_weighted_vote(monkeypatch):
     assert 0.3 < found["knn_10"] < 0.95
 
 
+def test_neighbors_are_those_of_scikit_learn():
+    from sklearn.neighbors import KNeighborsClassifier
+
+    train, labels = blobs(400, spread=2.5)
+    test, truth = blobs(200, spread=2.5, seed=1)
+    found = dict(knn(train, labels, test, truth, (5, 20, 100)))
+    for k in (5, 20, 100):
+        theirs = KNeighborsClassifier(k, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07))
+        theirs.fit(train.double().numpy(), labels.numpy())
+        assert found[f"knn_{k}"] == pytest.approx(theirs.score(test.double().numpy(), truth.numpy()))
+
+
+def test_ridge_is_that_of_scikit_learn():
+    """Standardized features, one-hot labels without their mean, penalty lambda N."""
+    from sklearn.linear_model import Ridge
+
+    train, labels = blobs(120, spread=1.5)
+    test, truth = blobs(300, spread=1.5, seed=1)
+    x, mean, std = train.double().numpy(), train.double().numpy().mean(0), train.double().numpy().std(0)
+    for value in (1e-3, 0.5):
+        theirs = Ridge(alpha=value * len(x)).fit((x - mean) / std, np.eye(5)[labels.numpy()])
+        right = theirs.predict((test.double().numpy() - mean) / std).argmax(1) == truth.numpy()
+        assert dict(ridge(train, labels, test, truth, (value,)))["ridge"] == pytest.approx(right.mean())
+
+
 @pytest.mark.parametrize("probe", [knn, ridge])
 def test_clear_classes_are_read_and_noise_is_not(probe):
     train, labels = blobs(400)
