@@ -65,7 +65,8 @@ def train_loop(
         engine.module.after_step(done / plan.total_steps)
         saving = done % run.save_every == 0 or done == plan.total_steps
         metrics.add(done, rates[None], outputs, norm, finite.look(norm, everything=saving))
-        metrics.also(done, probe(done))
+        if found := probe(done):
+            metrics.also(done, found)
         if metrics.due(done) or saving:
             metrics.flush(seconds_waiting=waiting.take())  # raises before what is not finite is saved
         if saving:

@@ -82,8 +82,7 @@ class Metrics:
 
     def also(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers that join the row of a step which is not written yet; they are on the host already."""
-        if values:
-            self.extras[step] = dict(values)
+        self.extras[step] = dict(values)
 
     def due(self, step: int) -> bool:
         return step % self.log_every == 0

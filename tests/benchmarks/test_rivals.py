@@ -53,6 +53,26 @@ def test_the_mae_of_timms_blocks_is_ours(norm_pix):
         torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=1e-6, msg=name)
 
 
+@pytest.mark.usefixtures("torchvision_loads")
+def test_the_fine_tuning_of_timm_is_ours():
+    from benchmarks.rivals import timm_finetune
+    from fastmim.methods import SupervisedConfig
+
+    model = replace(MODEL, **SupervisedConfig.encoder)
+    torch.manual_seed(0)
+    ours = SupervisedConfig(classes=5).build(model)
+    torch.nn.init.normal_(ours.head.weight)
+    rival, batch = timm_finetune.TimmFinetune(ours), engines.synthetic(ours, model.channels, 8, "cpu")
+    assert timm_finetune.check_logits(rival, ours, batch) < 1e-4
+    loss = rival(batch)
+    loss.backward()
+    assert loss.isfinite() and rival.net.patch_embed.proj.weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        rival.net.head.bias[0] += 1
+    with pytest.raises(WrongLoss, match="logits of timm's model"):
+        timm_finetune.check_logits(rival, ours, batch)
+
+
 @pytest.mark.parametrize("name", ["decoder_pred.bias", "pos_embed", "blocks.1.mlp.fc2.weight", "mask_token"])
 def test_a_peer_of_other_weights_is_not_timed(name):
     ours, batch = method(), make_batch()
