@@ -10,6 +10,7 @@ from fastmim_kernels.attention.api import (
     attention_reference,
     choose_attention,
     obstacles,
+    obstacles_of_general,
     pin_attention_choices,
 )
 
@@ -20,5 +21,6 @@ __all__ = [
     "attention_reference",
     "choose_attention",
     "obstacles",
+    "obstacles_of_general",
     "pin_attention_choices",
 ]
