@@ -27,6 +27,7 @@ class Row:
     flags: tuple[str, ...] = ()  # of its pre-training, beside those of the scale
     epochs: float = 100.0  # of its pre-training; of a scratch row, of its fine-tuning
     subset: str | None = None  # the images that it may see, by the words of --data.subset
+    model: str = "vit_base"  # at full scale
     paper: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -35,6 +36,8 @@ class Row:
         words = [self.method, *(word.removeprefix("--") for word in self.flags)]
         if self.subset is not None:
             words.append(self.subset)
+        if self.model != "vit_base":
+            words.append(self.model)
         if self.epochs != 100:
             words.append(f"{self.epochs:g}")
         return "-".join(words).replace("/", "-").replace(" ", "-").replace("+", "-").replace(".", "-")
@@ -79,7 +82,13 @@ def table_5() -> tuple[Row, ...]:
         "mask+cutmix+color",
     )
     return tuple(
-        Row(label=f"{label}, {name}", method=method, flags=variant(name), paper={"FT": value})
+        Row(
+            label=f"{label}, {name}",
+            method=method,
+            flags=variant(name),
+            model="vit_small",
+            paper={"FT": value},
+        )
         for label, method, values in (("MAE", "mae", mae), ("C-MAE", "cmae", cmae))
         for name, value in zip(names, values, strict=True)
     )

@@ -131,8 +131,9 @@ def gpu_hours(table: Table) -> float:
     from fastmim.methods.transfer import TRANSFERS as KINDS
     from fastmim.models import VITS
 
-    total, model = 0.0, VITS["vit_base"]
+    total = 0.0
     for row in table.rows:
+        model = VITS[row.model]
         if row.method in METHODS:
             config, own = suited(row.method, model)
             total += config.work(own).flops * row.epochs
@@ -175,7 +176,7 @@ class Maker:
         weights = None if row.method == SCRATCH else self.pretrained(row, seed)
         found = {}
         for column in columns:
-            if column in TRANSFERS and not (column == "linear" and weights is None):
+            if column in TRANSFERS:
                 found[column] = self.transferred(row, weights, column, seed)
             elif column == "PSNR" and "PSNR" in row.paper and weights is not None:
                 found[column] = self.psnr(weights)
@@ -203,9 +204,7 @@ class Maker:
         return run_dir
 
     def model_of(self, row: Row) -> tuple[str, ...]:
-        if self.args.scale == "full" and "," in row.label and "--variant" in row.flags:
-            return ("--model", "vit_small") if row in TABLES[5].rows else ()
-        return self.scale.model
+        return ("--model", row.model) if self.args.scale == "full" else self.scale.model
 
     def length(self, images: int | None, batch: int, epochs: float) -> list[str]:
         """How long a run is: its epochs, or steps in which it sees so many images."""

@@ -17,12 +17,13 @@ from fastmim.models.vit import Encoder, ViTConfig
 USAGE = """usage: fastmim {name} WEIGHTS --data.path TRAIN --data.val VAL [flags of fastmim train]
        {more}
 
+`--variant mocov3` of linear is MoCo v3's SGD without batch norm.
 WEIGHTS is a run directory, a folder of transformers, or a file of timm's or of an official repository.
 --labels 10%% trains on a tenth of each class, --labels FILE on the images of a list, as SimCLR's.
 `fastmim train --method {name} --help` lists all flags."""
 MORE = {
     "finetune": "fastmim finetune --from scratch ...     [--recipe kz|mae_repo]",
-    "linear": "--variant mocov3 is MoCo v3's SGD without batch norm",
+    "linear": "fastmim linear --from scratch ...       features of first weights: what a probe begins at",
 }
 RECIPES = {"kz": "kz", "mae_repo": "mae-repo", "mae-repo": "mae-repo"}
 OURS = {"from", "labels", "heads"}
@@ -46,9 +47,7 @@ def translated(name: str, arguments: list[str]) -> list[str]:
     given = arguments[1:] if weights is not None else arguments
     source = value_of(given, "from")
     if (weights is None) == (source is None) or source not in (None, "scratch"):
-        raise ValueError(f"want WEIGHTS{' or --from scratch' * (name == 'finetune')}, got {arguments[0]!r}")
-    if source == "scratch" and name == "linear":
-        raise ValueError("--from scratch: want weights, of which the features are probed")
+        raise ValueError(f"want WEIGHTS or --from scratch, got {arguments[0]!r}")
     made = ["--method", name]
     if weights is not None:
         made += ["--init-from", str(weights), *model_flags(name, weights, given)]

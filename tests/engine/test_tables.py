@@ -151,6 +151,7 @@ def test_hours_are_of_the_arithmetic():
     mae, scratch = (tables.with_rows(TABLES[1], [label]) for label in ("MAE", "random init"))
     assert tables.gpu_hours(scratch) == pytest.approx(100 * tables.IMAGENET_IMAGES / 3564 / 3600, rel=0.3)
     assert 1.3 < tables.gpu_hours(mae) / tables.gpu_hours(scratch) < 2
+    assert tables.gpu_hours(TABLES[5]) / 16 < 0.5 * tables.gpu_hours(mae)  # of ViT-S
     assert tables.gpu_hours(TABLES[1]) > 5 * tables.gpu_hours(mae)
 
 

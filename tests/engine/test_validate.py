@@ -152,6 +152,16 @@ def test_images_that_cannot_be_decoded_are_left_out_and_counted(images, val, wei
     assert (row["images"], row["left_out"]) == (12, 1) and "1 left out" in capsys.readouterr().out
 
 
+def test_first_weights_are_probed_and_resumed(images, val, tmp_path):
+    """The encoder is of the seed alone, and in no checkpoint: it must be the same after a stop."""
+
+    def make(images, run_dir, **changes):
+        return transfer_run("linear", images, val, None, run_dir, **changes)
+
+    train_and_resume(images, tmp_path, zero=0, total=18, stop=9, make=make)
+    assert_same(tmp_path, 18, 9)
+
+
 def test_what_cannot_be_validated_is_refused(images, val, weights, tmp_path):
     (tmp_path / "flat").mkdir()
     for path in sorted(val.rglob("*.jpg"))[:2]:
@@ -193,6 +203,7 @@ def test_the_command_line_says_what_the_weights_are(images, weights):
     assert for_train("finetune", ["--from", "scratch", "--epochs", "3"]) == [
         "--method", "finetune", "--epochs", "3",
     ]  # fmt: skip
+    assert for_train("linear", ["--from", "scratch"]) == ["--method", "linear"]
     assert for_train("linear", ["--run-dir", "x", "--resume"])[:2] == ["--method", "linear"]
     assert for_train("linear", []) is None
 
@@ -200,7 +211,7 @@ def test_the_command_line_says_what_the_weights_are(images, weights):
 def test_bad_questions_are_a_line(tmp_path, capsys):
     for name, arguments, message in [
         ("finetune", ["--epochs", "3"], "want WEIGHTS or --from scratch, got '--epochs'"),
-        ("linear", ["--from", "scratch"], "of which the features are probed"),
+        ("linear", ["--from", "elsewhere"], "want WEIGHTS or --from scratch, got '--from'"),
         ("finetune", [str(tmp_path / "nothing")], "got nothing at"),
         ("linear", [str(tmp_path / "nothing")], "got nothing at"),
     ]:
