@@ -141,6 +141,21 @@ def test_two_ranks_see_what_one_sees(images, val, weights, tmp_path):
                 assert theirs[scalar] == pytest.approx(ours[scalar], rel=1e-3)
 
 
+@pytest.mark.parametrize(("name", "zero"), [("linear", 0), ("finetune", 0), ("finetune", 2)])
+def test_in_bf16_it_sees_about_the_same(name, zero, images, val, weights, tmp_path):
+    rows = {}
+    for precision in ("fp32", "bf16"):
+        run_dir = tmp_path / precision
+        train(
+            prepare(
+                transfer_run(name, images, val, weights, run_dir, zero=zero, precision=precision, steps=9)
+            )
+        )
+        [rows[precision]] = rows_of(run_dir)
+    for scalar in (scalar for scalar in SCALARS[name] if "loss" in scalar):
+        assert rows["bf16"][scalar] == pytest.approx(rows["fp32"][scalar], rel=0.02)
+
+
 def test_images_that_cannot_be_decoded_are_left_out_and_counted(images, val, weights, tmp_path, capsys):
     import shutil
 
