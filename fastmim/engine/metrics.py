@@ -84,6 +84,12 @@ class Metrics:
         """Numbers that join the row of a step which is not written yet; they are on the host already."""
         self.extras[step] = dict(values)
 
+    def events(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers that have a file of their own, among TensorBoard's."""
+        if self.report:
+            for name, value in values.items():
+                self.report.events.add_scalar(name, value, step)
+
     def due(self, step: int) -> bool:
         return step % self.log_every == 0
 

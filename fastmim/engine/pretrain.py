@@ -241,8 +241,11 @@ def train_steps(
     def end_of(step: int) -> None:
         if validation is not None and validation.due(step):
             with Stopwatch() as looking:
-                validation(engine, step)
+                row = validation(engine, step)
             metrics.leave_out(looking.seconds)
+            metrics.events(
+                step, {f"val/{name}": row[name] for name in row if "top" in name or "loss" in name}
+            )
 
     probe = probe_of(p)
 

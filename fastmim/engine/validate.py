@@ -77,8 +77,8 @@ class Validation:
         ends = step > 0 and (step % self.steps_per_epoch == 0 or step == self.total_steps)
         return ends and step not in self.done
 
-    def __call__(self, engine: "DeepSpeedEngine", step: int) -> None:
-        """Look at every image; a call for all ranks at once."""
+    def __call__(self, engine: "DeepSpeedEngine", step: int) -> dict[str, Any]:
+        """Look at every image, and give the row; a call for all ranks at once."""
         start = time.perf_counter()
         engine.eval()
         with torch.no_grad():
@@ -95,6 +95,7 @@ class Validation:
             with self.path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(f"{'val':>8}  epoch {row['epoch']:g}: {words_of(row)}", flush=True)
+        return row
 
     def summed(self, engine: "DeepSpeedEngine") -> dict[str, float]:
         """Every metric summed over all images of all ranks."""

@@ -81,6 +81,14 @@ def test_each_epoch_is_validated_and_the_last_row_is_of_the_weights(
         wanted = method(Batch((pixels,), ids, ids, 0, torch.from_numpy(found.labels).long())).metrics
     for scalar in SCALARS[name]:
         assert rows[-1][scalar] == pytest.approx(float(wanted[scalar]) / 13, rel=1e-4)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    scalar = next(s for s in SCALARS[name] if s.endswith("top1"))
+    assert [(e.step, pytest.approx(e.value)) for e in events.Scalars(f"val/{scalar}")] == [
+        (row["step"], row[scalar]) for row in rows
+    ]
     said = capsys.readouterr().out
     assert "13 images in" in said and said.count(" epoch ") >= 3 and "final " in said and "best " in said
 
