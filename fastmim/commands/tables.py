@@ -291,7 +291,7 @@ class Maker:
         """Markdown and CSV of the rows so far."""
         out = self.args.out
         out.mkdir(parents=True, exist_ok=True)
-        lines = [f"# Table {number}: {table.title}", "", self.about(), ""]
+        lines = [f"# Table {number}: {table.title}", "", self.about(table), ""]
         head = ["row", *(f"{c}, here" for c in table.columns), *(f"{c}, paper" for c in table.columns)]
         lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         rows: list[list[Any]] = []
@@ -313,7 +313,7 @@ class Maker:
             writer.writerows(rows)
         print(f"{out / f'table_{number}.md'}: {len(cells)} of {len(table.rows)} rows", flush=True)
 
-    def about(self) -> str:
+    def about(self, table: Table) -> str:
         """What was measured, and on what."""
         import torch
 
@@ -323,7 +323,7 @@ class Maker:
         if s.images is not None:
             length = f"{s.images:,} images of pre-training (twice as many in rows of more than 100 epochs), "
             length += f"{s.finetune_images:,} of fine-tuning, {s.linear_images:,} of probing"
-        columns = "; ".join(f"{name}: {words}" for name, words in COLUMNS.items())
+        columns = "; ".join(f"{name}: {words}" for name, words in COLUMNS.items() if name in table.columns)
         return (
             f"Scale {self.args.scale}: {s.words}; {length}; {self.num_images():,} images in the set. "
             f"Linear: the better of class token and mean. {columns}. With several seeds: mean ± standard "
