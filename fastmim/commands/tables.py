@@ -21,6 +21,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -212,15 +213,14 @@ class Maker:
             return ["--epochs", f"{epochs:g}"]
         factor = 2 if epochs > 100 else 1
         steps = max(1, factor * images // batch)
-        share = 0.1 * steps * batch / self.num_images()
+        share = 0.1 * steps * batch / self.num_images
         return ["--steps", str(steps), "--batch", str(batch), "--optim.warmup-epochs", f"{share:.6g}"]
 
+    @cached_property
     def num_images(self) -> int:
-        if not hasattr(self, "_num_images"):
-            from fastmim.data import find_images
+        from fastmim.data import find_images
 
-            self._num_images = len(find_images(self.train))
-        return self._num_images
+        return len(find_images(self.train))
 
     def tokenizer(self) -> Path:
         run_dir = self.runs / "tokenizer"
@@ -325,7 +325,7 @@ class Maker:
             length += f"{s.finetune_images:,} of fine-tuning, {s.linear_images:,} of probing"
         columns = "; ".join(f"{name}: {words}" for name, words in COLUMNS.items() if name in table.columns)
         return (
-            f"Scale {self.args.scale}: {s.words}; {length}; {self.num_images():,} images in the set. "
+            f"Scale {self.args.scale}: {s.words}; {length}; {self.num_images:,} images in the set. "
             f"Linear: the better of class token and mean. {columns}. With several seeds: mean ± standard "
             f"deviation. On {device}, torch {found.get('torch')}, Python {found.get('python')}."
         )
