@@ -278,16 +278,8 @@ def finetune() -> Run:
     Expected: 83.1 % of the validation images after 100 epochs of MAE. --variant mae-repo is set as MAE's
     released command is; --data.subset 10% trains on a tenth of each class.
     """
-    return Run(
-        method=FinetuneConfig(rand_augment=9.0, erase=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1),
-        model=replace(VITS["vit_base"], **FinetuneConfig.encoder),
-        optim=OptimConfig(
-            blr=1e-3, min_lr=1e-6, warmup_epochs=5.0, betas=(0.9, 0.999), weight_decay=0.05,
-            layer_decay=0.75, clip=0.0,
-        ),
-        batch=1024,
-        epochs=100.0,
-    )  # fmt: skip
+    method = FinetuneConfig(rand_augment=9.0, erase=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1)
+    return replace(supervised(), method=method)  # blr 1e-3, layer decay 0.75 and all else are the same
 
 
 def linear() -> Run:

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmim.commands.evaluate import spread_ids
 from fastmim.commands.weights import add_reading, add_weights, check_counts, device_here, pretrained
 from fastmim.data import find_images
-from fastmim.data.feed.center import center_crops
+from fastmim.data.feed.center import center_crops, spread_ids
 from fastmim.evals.cka import LEAST, cka_under_occlusion
 from fastmim.models.vit import Encoder
 

@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastmim.commands.evaluate import spread_ids
 from fastmim.commands.weights import add_reading, add_weights, check_counts, device_here, pretrained
 from fastmim.data import find_images
 from fastmim.data.features_file import check_suffix, write_features
-from fastmim.data.feed.center import center_crops
+from fastmim.data.feed.center import center_crops, spread_ids
 from fastmim.evals.features import KINDS, features_in_batches
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}

@@ -5,12 +5,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastmim.data import find_images
-from fastmim.data.feed.center import FRACTION, center_crops
+from fastmim.data.feed.center import FRACTION, center_crops, spread_ids
 from fastmim.evals.features import Feature, features_of
 from fastmim.evals.knn import knn
 from fastmim.evals.ridge import ridge
@@ -48,12 +47,6 @@ def labeled_features(
     )
     found = features_of(encoder, (pixels for pixels, _ in crops), device)
     return found, torch.from_numpy(images.labels[ids]).long().to(device), images.classes
-
-
-def spread_ids(num: int, most: int | None) -> list[int]:
-    """Ids of `most` of so many images, evenly spaced; of all of them, if there are no more."""
-    count = min(num, most or num)
-    return (np.arange(count) * num // count).tolist() if count else []
 
 
 def evaluate(

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from fastmim.commands.evaluate import spread_ids
 from fastmim.commands.predicting import add_decoder, crops_of, predictor
 from fastmim.commands.weights import add_reading, add_weights, check_counts, device_here
 from fastmim.data import find_images
+from fastmim.data.feed.center import spread_ids
 from fastmim.evals.psnr import psnr
 
 

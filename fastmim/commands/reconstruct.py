@@ -13,11 +13,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from fastmim.commands.evaluate import spread_ids
 from fastmim.commands.predicting import add_decoder, crops_of, predictor
 from fastmim.commands.weights import add_reading, add_weights, check_counts, device_here
 from fastmim.data import Images, find_images
 from fastmim.data.decode.header import EXTENSIONS
+from fastmim.data.feed.center import spread_ids
 from fastmim.engine.pictures import reconstruction_sheet
 
 RATIOS = tuple(round(0.05 * i, 2) for i in range(2, 20))

@@ -194,26 +194,27 @@ class Maker:
             words += ["--data.subset", row.subset]
         if row.method in TOKENS:
             words += ["--method.tokenizer", str(self.args.tokenizer or self.tokenizer())]
-        words += self.length(s.images, s.batch, row.epochs)
-        if row.subset is not None and s.images is None:
-            words += ["--data.epoch-images", str(IMAGENET_IMAGES)]
-        elif (
-            row.subset is not None
-        ):  # epochs are of the images that there are: repeated, so that a batch is full
-            words += ["--data.epoch-images", str(max(s.images or 0, s.batch))]
+        epoch = self.num_images
+        if row.subset is not None:  # repeated, so that batches are full
+            epoch = IMAGENET_IMAGES if s.images is None else max(s.images, s.batch)
+            words += ["--data.epoch-images", str(epoch)]
+        words += self.length(s.images, s.batch, row.epochs, epoch)
         self.run(words, run_dir, "encoder.safetensors")
         return run_dir
 
     def model_of(self, row: Row) -> tuple[str, ...]:
         return ("--model", row.model) if self.args.scale == "full" else self.scale.model
 
-    def length(self, images: int | None, batch: int, epochs: float) -> list[str]:
-        """How long a run is: its epochs, or steps in which it sees so many images."""
+    def length(self, images: int | None, batch: int, epochs: float, epoch: int) -> list[str]:
+        """How long a run is: its epochs, or steps in which it sees so many images; `epoch` has how many.
+
+        Of steps a tenth warm up.
+        """
         if images is None:
             return ["--epochs", f"{epochs:g}"]
         factor = 2 if epochs > 100 else 1
         steps = max(1, factor * images // batch)
-        share = 0.1 * steps * batch / self.num_images
+        share = 0.1 * steps / max(1, epoch // batch)
         return ["--steps", str(steps), "--batch", str(batch), "--optim.warmup-epochs", f"{share:.6g}"]
 
     @cached_property
@@ -240,10 +241,8 @@ class Maker:
             words += ["--labels", "10%"]
         images = s.linear_images if kind == "linear" else s.finetune_images
         epochs = 90.0 if kind == "linear" else row.epochs if row.method == SCRATCH else 100.0
-        if images is not None:
-            words += self.length(images, 64, epochs)
-        else:
-            words += ["--epochs", f"{epochs:g}"]
+        epoch = self.num_images // 10 if column == "10% FT" else self.num_images
+        words += self.length(images, 64, epochs, epoch)
         if self.args.dry_run and weights is not None:
             given = ["--method", kind, "--init-from", *words]
         else:

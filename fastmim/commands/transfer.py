@@ -1,8 +1,8 @@
 """`fastmim finetune` and `fastmim linear`: `fastmim train` from the encoder of a checkpoint.
 
 The command line that results, which `--resume` reads, has the sizes of the encoder and the number of classes.
-`deepspeed fastmim/train.py --method finetune --init-from WEIGHTS ...` is the same on several ranks: give
-it what is printed here.
+`deepspeed fastmim/train.py --method finetune --init-from WEIGHTS ...` with these flags is the same on several
+ranks; `fastmim tables --dry-run` prints such lines.
 """
 
 import sys
@@ -19,7 +19,7 @@ USAGE = """usage: fastmim {name} WEIGHTS --data.path TRAIN --data.val VAL [flags
 
 `--variant mocov3` of linear is MoCo v3's SGD without batch norm.
 WEIGHTS is a run directory, a folder of transformers, or a file of timm's or of an official repository.
---labels 10%% trains on a tenth of each class, --labels FILE on the images of a list, as SimCLR's.
+--labels 10% trains on a tenth of each class, --labels FILE on the images of a list, as SimCLR's.
 `fastmim train --method {name} --help` lists all flags."""
 MORE = {
     "finetune": "fastmim finetune --from scratch ...     [--recipe kz|mae_repo]",
@@ -32,7 +32,7 @@ OURS = {"from", "labels", "heads"}
 def for_train(name: str, arguments: list[str]) -> list[str] | None:
     """The arguments of `fastmim train`; None after the usage. Exits with 2 on what cannot be."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE.format(name=name, more=MORE[name]).replace("%%", "%"))
+        print(USAGE.format(name=name, more=MORE[name]))
         return None
     try:
         return ["--method", name, *arguments] if is_on(arguments, "resume") else translated(name, arguments)

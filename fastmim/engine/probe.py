@@ -14,12 +14,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastmim.data import Images, find_images
-from fastmim.data.feed.center import center_crops
+from fastmim.data.feed.center import center_crops, spread_ids
 from fastmim.engine.config import ProbeConfig
 from fastmim.engine.ranks import Ranks
 from fastmim.engine.validate import share_of
@@ -62,8 +61,7 @@ class Probe:
         self.images, self.ranks, self.device = images, ranks, device
         self.size, self.channels, self.batch, self.threads = size, channels, batch, threads
         self.period, self.total_steps = config.every * steps_per_epoch, total_steps
-        count = min(len(images), config.images)
-        self.ids = (np.arange(count) * len(images) // count).tolist()
+        self.ids = spread_ids(len(images), config.images)
         self.labels_N = torch.from_numpy(images.labels[self.ids]).long().to(device)
         self.crops: list[tuple[Tensor, Tensor]] | None = None  # of this rank, decoded once
         self.seconds, self.began = 0.0, time.perf_counter()

@@ -83,6 +83,23 @@ def test_what_is_done_stays_and_what_was_stopped_goes_on(data, tmp_path, monkeyp
     assert not (tmp_path / "table_3.md").exists()
 
 
+@pytest.mark.parametrize("row", ["MAE", "C-MAE"])
+def test_a_tenth_of_each_run_warms_up(row, data, tmp_path, monkeypatch, capsys):
+    """Whatever an epoch is of: the whole set, or a tenth of the labels."""
+    monkeypatch.setattr(tables.Maker, "num_images", 50_000)
+    run(monkeypatch, "4", "--data", data, "--out", tmp_path, "--dry-run", "--rows", row)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "train.py" in line]
+    found = {}
+    for words in lines:
+        names = ("--steps", "--batch", "--optim.warmup-epochs")
+        value = {name: float(words[words.index(name) + 1]) for name in names}
+        epoch = 5_000 if "--labels" in words else 50_000
+        per_epoch = epoch // int(value["--batch"])
+        found[epoch, value["--batch"]] = value["--optim.warmup-epochs"] * per_epoch / value["--steps"]
+    assert {epoch for epoch, _ in found} == {5_000, 50_000} and len(lines) == 4
+    assert all(share == pytest.approx(0.1, rel=1e-3) for share in found.values())
+
+
 def test_every_table_says_its_commands(data, tmp_path, monkeypatch, capsys):
     """Each line of each table at each scale is one that the training command takes."""
     import shlex

@@ -7,6 +7,7 @@ Source  Resize and CenterCrop of pytorch/vision on PIL images; 256 and 224 pixel
 
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from fastmim_kernels import resized_crop
 from torch import Tensor
@@ -30,6 +31,12 @@ def center_crop(image_HWC: Tensor, size: tuple[int, int], fraction: float = FRAC
     [resized] = resized_crop([image_HWC], torch.tensor([[0, 0, height, width]]), (tall, wide))
     top, left = round((tall - h) / 2), round((wide - w) / 2)
     return resized[top : top + h, left : left + w]
+
+
+def spread_ids(num: int, most: int | None) -> list[int]:
+    """Ids of `most` of so many images, evenly spaced; of all of them, if there are no more."""
+    count = min(num, most or num)
+    return (np.arange(count) * num // count).tolist() if count else []
 
 
 def center_crops(
