@@ -1,5 +1,6 @@
 """The only door to DeepSpeed: process group, dictionary, wrapped model, whole weights out of shards."""
 
+import glob
 import logging
 import os
 import warnings
@@ -17,9 +18,12 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 import deepspeed
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import safe_get_local_fp32_param
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 
 from fastmim.engine.config import Plan, Run
@@ -29,6 +33,8 @@ from fastmim.optim import OPTIMIZERS
 from fastmim.optim.groups import parameter_groups
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+# what DeepSpeed 0.19.8 saves beside tensors: none of it is code
+PLAIN = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
 # What a rank holds of a parameter: where it begins in the flat parameter, and a flat view of it
 Shard = tuple[int, Tensor]
@@ -189,8 +195,12 @@ def hold_frozen(engine: deepspeed.DeepSpeedEngine, groups: Sequence[Mapping[str,
                 for p in group["params"]:
                     p.grad = None
 
-    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)  # the one that DeepSpeed wraps
-    inner.register_step_pre_hook(without_gradients)
+    inner_optimizer(engine).register_step_pre_hook(without_gradients)
+
+
+def inner_optimizer(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
+    """The optimizer that moves the weights, which DeepSpeed's own may wrap."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
 def leave_gradients_in_place(engine: deepspeed.DeepSpeedEngine) -> None:
@@ -234,6 +244,29 @@ def save_shards(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
         engine.checkpoint_engine.save = write
     if failures:
         raise failures[0]
+
+
+def load_shards(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
+    """Load what `save_shards` wrote, without running any code that is in it. A call for all ranks at once.
+
+    pickle.UnpicklingError for a file that holds anything but tensors, plain values and the classes in
+    `PLAIN`; FileNotFoundError where DeepSpeed finds nothing.
+    """
+    load, names = engine.checkpoint_engine.load, engine._get_all_ckpt_names
+
+    def load_plain(path: str, map_location: Any = None) -> Any:
+        with torch.serialization.safe_globals(PLAIN):
+            return torch.load(path, map_location=map_location, weights_only=True)
+
+    engine.checkpoint_engine.load = load_plain
+    # DeepSpeed 0.19.8 looks for its files by a pattern: brackets in the folder's name would be part of it
+    engine._get_all_ckpt_names = lambda folder, tag: names(glob.escape(folder), glob.escape(tag))
+    try:
+        path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    finally:
+        engine.checkpoint_engine.load, engine._get_all_ckpt_names = load, names
+    if path is None:
+        raise FileNotFoundError(f"DeepSpeed finds nothing to load in {folder}")
 
 
 def set_rates(
@@ -316,8 +349,7 @@ def moved_values(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:
     """
     if engine.zero_optimization_partition_weights():
         return [part for _, part in masters(engine).values() if part.numel()]
-    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)  # the one that DeepSpeed wraps
-    return [p.detach() for group in optimizer.param_groups for p in group["params"]]
+    return [p.detach() for group in inner_optimizer(engine).param_groups for p in group["params"]]
 
 
 def masters_are_sharded(engine: deepspeed.DeepSpeedEngine) -> bool:

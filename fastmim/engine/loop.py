@@ -1,8 +1,9 @@
 """The training loop: no method's name, no wait for the device between two log steps.
 
-A step is one optimizer update over `accumulate` micro-batches. Losses, metrics and whether the weights are
-finite stay on the device until `metrics.due`, where one small transfer brings a whole interval of them to the
-host. Nothing is saved before that transfer has shown it to be finite.
+A step is one optimizer update over `accumulate` micro-batches. One whose gradients are not finite leaves the
+weights as they were. Losses, metrics and whether the weights are finite stay on the device until
+`metrics.due`, where one small transfer brings a whole interval of them to the host. Nothing is saved before
+that transfer has shown it to be finite.
 
 Limits  DeepSpeed itself waits in each step in which it reads the norm of the gradients: in ZeRO 3, in bf16 in
         ZeRO 0, and in ZeRO 1 with --accumulate. Otherwise ZeRO 1 and 2 wait for nothing.
@@ -58,13 +59,14 @@ def train_loop(
             backward(engine, output.loss)
             if micro_step == run.accumulate - 1:
                 norm = gradients.clip(epoch=epoch)
+                finite.guard(norm)
             engine.step()  # updates after the last micro-batch only
             outputs.append(output)
         done = step + 1
         teacher.step(done / plan.total_steps)
         engine.module.after_step(done / plan.total_steps)
         saving = done % run.save_every == 0 or done == plan.total_steps
-        metrics.add(done, rates[None], outputs, norm, finite.look(norm, everything=saving))
+        metrics.add(done, rates[None], outputs, norm, *finite.look(everything=saving))
         if found := probe(done):
             metrics.also(done, found)
         if metrics.due(done) or saving:

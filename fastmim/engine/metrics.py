@@ -1,14 +1,15 @@
 """Numbers of a run: kept on the device between log steps, then written as JSON lines, events and a bar.
 
-Rows      `metrics.jsonl`, one row per step: step, epoch, loss, the method's own metrics, lr; after some
-          epochs those of the probe. The last row of
-          an interval also has images_per_s (per rank), data_wait (share of the time spent waiting for
-          data), seconds. Loss and metrics are means over micro-batches and ranks.
+Rows      `metrics.jsonl`, one row per step: step, epoch, loss, the method's own metrics, grad_norm, skipped
+          (1 where the step was left out, since its gradients were not finite), lr; after some epochs those of
+          the probe. The last row of an interval also has images_per_s (per rank), data_wait (share of the
+          time spent waiting for data), seconds. Loss and metrics are means over micro-batches and ranks; what
+          is not finite is null.
+          A step that was left out is said, and its samples are named in `nonfinite.jsonl`.
 Resume    rows after the checkpoint's step are dropped: the resumed run writes them again, the same.
 """
 
 import json
-import math
 import os
 import sys
 import time
@@ -22,12 +23,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from fastmim.engine.config import Plan
+from fastmim.engine.judge import Judge, is_bad, strict
 from fastmim.engine.ranks import Ranks
 from fastmim.methods.base import Output
-
-
-class NonFinite(RuntimeError):
-    """The loss of a step, or what it left in the weights, was not finite."""
 
 
 class Stopwatch:
@@ -62,23 +60,27 @@ class Metrics:
         batch: int,
         start_step: int,
         diagnose: Callable[[Mapping[str, float]], str | None],
+        samples: Callable[[int], Sequence[str]] = lambda step: (),
     ):
         self.plan, self.ranks, self.log_every = plan, ranks, log_every
         self.images_per_rank = batch / plan.world
         self.pending: list[tuple[int, float, dict[str, Tensor], Tensor]] = []
+        self.judge, self.samples, self.run_dir = Judge(), samples, run_dir
         self.report = Report(run_dir, plan, start_step) if ranks.is_main else None
         self.diagnose, self.warned = diagnose, False
         self.extras: dict[int, dict[str, float]] = {}
         self.restart_clock()
 
-    def add(self, step: int, rate: float, outputs: Sequence[Output], norm: Tensor, left: Tensor) -> None:
+    def add(
+        self, step: int, rate: float, outputs: Sequence[Output], norm: Tensor, skipped: Tensor, left: Tensor
+    ) -> None:
         """Take the outputs of one step's micro-batches, the norm of its gradients, and what `Finite` saw.
 
         No transfer, no wait.
         """
         rows = [{"loss": o.loss.detach(), **o.metrics} for o in outputs]
         means = {name: torch.stack([row[name].float() for row in rows]).mean() for name in rows[0]}
-        self.pending.append((step, rate, {**means, "grad_norm": norm}, left))
+        self.pending.append((step, rate, {**means, "grad_norm": norm, "skipped": skipped}, left))
 
     def also(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers that join the row of a step which is not written yet; they are on the host already."""
@@ -119,9 +121,12 @@ class Metrics:
         rows[-1]["seconds"] = seconds
         self.pending.clear()
         self.restart_clock()
+        bad = [row for row in rows if is_bad(row)]
         if self.report:
             self.report.write(rows)
-        require_finite(rows, left)
+            for row in bad:
+                self.report.name_samples(row, self.samples(row["step"]))
+        self.judge(rows, left)
         if self.report and not self.warned and (warning := self.diagnose(rows[-1])):
             self.report.warn(rows[-1]["step"], warning)
             self.warned = True
@@ -138,22 +143,11 @@ class Metrics:
             self.report.close()
 
 
-def require_finite(rows: Sequence[Mapping[str, Any]], left: Sequence[float]) -> None:
-    """Raise `NonFinite` for the first step whose loss is not finite, or after which the weights are not."""
-    for row, size in zip(rows, left, strict=True):
-        what = "loss is" if not math.isfinite(row["loss"]) else "gradients or weights are"
-        if not math.isfinite(row["loss"] + size):
-            raise NonFinite(
-                f"{what} not finite at step {row['step']}, with a loss of {row['loss']:.4g} and a rate of "
-                f"{row['lr']:.3g} (seen at step {rows[-1]['step']}). No checkpoint was made of it: the last "
-                "one is from before. Try a lower --optim.blr, --optim.clip 1, or --precision fp32"
-            )
-
-
 class Report:
     """The first rank's files and its progress bar: a bar on a terminal, plain lines elsewhere."""
 
     def __init__(self, run_dir: Path, plan: Plan, start_step: int):
+        self.run_dir = run_dir
         self.total, self.start = plan.total_steps, time.monotonic()
         self.first_step = start_step
         self.unit = "GPU" if plan.device == "cuda" else "rank"
@@ -168,7 +162,7 @@ class Report:
             self.bar = tqdm(total=self.total, initial=start_step, unit="step", dynamic_ncols=True)
 
     def write(self, rows: list[dict[str, Any]]) -> None:
-        self.file.writelines(json.dumps(row) + "\n" for row in rows)
+        self.file.writelines(json.dumps(strict(row), allow_nan=False) + "\n" for row in rows)
         self.file.flush()
         for row in rows:
             for name in row.keys() - {"step", "epoch", "seconds"}:
@@ -186,6 +180,14 @@ class Report:
         done = last["step"] - self.first_step
         left = (time.monotonic() - self.start) / done * (self.total - last["step"])
         print(f"step {last['step']}/{self.total}  {words}  ETA {clock(left)}", flush=True)
+
+    def name_samples(self, row: Mapping[str, Any], samples: Sequence[str]) -> None:
+        """Write down what a step that was not finite was made of, and say so."""
+        found = {name: row[name] for name in ("step", "epoch", "loss", "grad_norm", "lr")}
+        with (self.run_dir / "nonfinite.jsonl").open("a") as file:
+            file.write(json.dumps(strict(found) | {"samples": list(samples)}, allow_nan=False) + "\n")
+        done = "it was left out: the weights are as before" if row["skipped"] else "its gradients were"
+        self.warn(row["step"], f"loss or gradients are not finite; {done}. nonfinite.jsonl has its samples")
 
     def warn(self, step: int, warning: str) -> None:
         """A line for who looks on, and a note in the events for who looks later."""

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import pickle
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -38,8 +40,9 @@ from fastmim.engine.deepspeed import start_process_group, whole_state, wrap
 from fastmim.engine.doctor import versions
 from fastmim.engine.extension import build_fused_adam
 from fastmim.engine.frozen import check_files, facts_of_frozen, place_frozen
+from fastmim.engine.judge import NonFinite
 from fastmim.engine.loop import train_loop
-from fastmim.engine.metrics import Metrics, NonFinite, Stopwatch
+from fastmim.engine.metrics import Metrics, Stopwatch
 from fastmim.engine.pictures import draw_loss, draw_reconstruction
 from fastmim.engine.probe import Probe, probed_images
 from fastmim.engine.ranks import RankError, Ranks
@@ -226,7 +229,7 @@ def train_steps(
     need_bytes = checkpoint_bytes(p.method, p.run, p.plan)
     metrics = Metrics(
         p.run_dir, p.plan, p.ranks, log_every=p.run.log_every, batch=p.run.batch, start_step=start_step,
-        diagnose=p.method.diagnose,
+        diagnose=p.method.diagnose, samples=lambda step: samples_of(p, step),
     )  # fmt: skip
 
     def save(step: int) -> None:
@@ -311,11 +314,18 @@ def find_checkpoint(
 
 
 def load(engine: "DeepSpeedEngine", teacher: Teacher, found: Checkpoint, ranks: Ranks) -> int:
-    """`restore`, with NotLoaded in a line for whatever DeepSpeed stumbles over."""
+    """`restore`, with NotLoaded in a line for whatever DeepSpeed stumbles over, or what is no plain data."""
     try:
         return restore(engine, teacher, found, ranks)
     except CheckpointError:
         raise
+    except pickle.UnpicklingError as error:
+        what = re.search(r"GLOBAL ([\w.]+)", str(error))
+        kind = what[1] if what else "something that is no tensor"
+        raise NotLoaded(
+            f"resume: {found.path} holds {kind}, which may run code when it is loaded, and no run of ours "
+            "saves it: refused"
+        ) from error
     except Exception as error:
         why = " ".join(str(error).split())
         raise NotLoaded(f"resume: {found.path} cannot be loaded by this run: {why}") from error
@@ -340,6 +350,13 @@ def loader_of(p: Prepared, start_step: int) -> Loader:
         sizes=p.sizes,
         labeled=run.method.labeled,
     )
+
+
+def samples_of(p: Prepared, done: int) -> list[str]:
+    """The names of the images of the step after which `done` were finished, of all ranks."""
+    order = SampleOrder(p.plan.num_samples, p.run.batch, seed=p.run.seed)  # one rank has them all
+    _, ids = order.ids(done - 1)
+    return [p.images.names[i] for i in (ids % len(p.images)).tolist()]
 
 
 def validation_of(p: Prepared, start_step: int) -> Validation | None:

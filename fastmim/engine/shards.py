@@ -9,7 +9,7 @@ from fastmim_kernels.attention import attention_choices, pin_attention_choices
 
 from fastmim.engine.checkpoint import Checkpoint, CheckpointError
 from fastmim.engine.config import Plan, Run
-from fastmim.engine.deepspeed import save_shards
+from fastmim.engine.deepspeed import load_shards, save_shards
 from fastmim.engine.ranks import Ranks
 from fastmim.engine.teacher import Teacher, pairs_of
 from fastmim.methods.base import Method
@@ -50,9 +50,7 @@ def restore(engine: deepspeed.DeepSpeedEngine, teacher: Teacher, found: Checkpoi
 
     if teacher.parameters:  # first, since all ranks must agree before DeepSpeed's collectives
         ranks.all_succeed(load_teacher, f"resuming the teacher from {found.path}", raises=CheckpointError)
-    path, _ = engine.load_checkpoint(str(found.path.parent), tag=found.path.name)
-    if path is None:
-        raise CheckpointError(f"DeepSpeed finds nothing to load in {found.path}")
+    load_shards(engine, found.path)
     teacher.refresh()
     state = torch.load(found.path / f"random-rank{ranks.rank}.pt", weights_only=True)
     torch.set_rng_state(state["cpu"])

@@ -1,15 +1,20 @@
 """What test_finite looks at: runs in which one value of one gradient of one rank is not finite."""
 
+import json
 import os
 import signal
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import load_file
 
-from fastmim.engine.metrics import NonFinite
+from fastmim.engine.finite import Finite
+from fastmim.engine.judge import NonFinite
 from fastmim.engine.pretrain import prepare, train
 from fastmim.engine.ranks import Ranks
 from tests.engine.conftest import tiny_run, write_images
@@ -25,6 +30,8 @@ class Case(NamedTuple):
     accumulate: int = 1
     clip: float = 0.0
     value: float = float("nan")
+    optimizer: str = "adamw"
+    last: int = 0  # of the bad steps, if there are more than one
 
 
 STAGES = [Case(zero, precision) for zero in (0, 1, 2, 3) for precision in ("fp32", "bf16")]
@@ -33,9 +40,11 @@ STAGES = [Case(zero, precision) for zero in (0, 1, 2, 3) for precision in ("fp32
 class Ending(NamedTuple):
     """What became of a run."""
 
+    skipped: list[int]  # steps that were left out, by metrics.jsonl
+    untouched: list[int]  # after which weights, moments and counts were those before
+    finite: bool  # all that was saved and exported
+    named: list[int]  # steps of nonfinite.jsonl
     message: str | None  # of NonFinite
-    checkpoints: list[str]
-    exported: bool
 
 
 def ending(images: Path, folder: Path, case: Case, *, rank: int) -> Ending:
@@ -45,17 +54,49 @@ def ending(images: Path, folder: Path, case: Case, *, rank: int) -> Ending:
         images, folder, "mae", zero=case.zero, precision=case.precision, accumulate=case.accumulate,
         steps=STEPS, save_every=SAVE_EVERY, keep=9, log_every=100,
     )  # fmt: skip
-    p = prepare(replace(run, optim=replace(run.optim, clip=case.clip)))
+    p = prepare(replace(run, optim=replace(run.optim, clip=case.clip, name=case.optimizer)))
     if p.ranks.rank == rank:
         plant(p.method.encoder.norm.bias, case)
     message = None
-    try:
-        train(p)
-    except NonFinite as error:
-        message = str(error)
+    with states() as seen:
+        try:
+            train(p)
+        except NonFinite as error:
+            message = str(error)
     p.ranks.barrier()
-    saved = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
-    return Ending(message, saved, any(folder.glob("*.safetensors")))
+    rows = rows_of(folder / "metrics.jsonl")
+    untouched = [k + 1 for k, pair in enumerate(pairwise(seen), 1) if same(*pair)]
+    exported = [x for path in folder.glob("*.safetensors") for x in load_file(path).values()]
+    finite = all(x.isfinite().all() for state in [*seen, exported] for x in state)
+    named = [row["step"] for row in rows_of(folder / "nonfinite.jsonl")]
+    return Ending([row["step"] for row in rows if row["skipped"]], untouched, finite, named, message)
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@contextmanager
+def states():
+    """Copies of what the optimizer has on this rank, weights, moments and counts, after each step."""
+    seen: list[list[torch.Tensor]] = []
+    look = Finite.look
+
+    def look_and_copy(self: Finite, **how):
+        values = [x for state in self.optimizer.state.values() for x in state.values()]
+        values += [torch.tensor(float(group.get("step", 0))) for group in self.optimizer.param_groups]
+        seen.append([x.clone() for x in [*self.trained, *values] if isinstance(x, torch.Tensor)])
+        return look(self, **how)
+
+    Finite.look = look_and_copy
+    try:
+        yield seen
+    finally:
+        Finite.look = look
+
+
+def same(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
+    return len(before) == len(after) and all(map(torch.equal, before, after))
 
 
 def plant(parameter: torch.nn.Parameter, case: Case) -> None:
@@ -65,7 +106,8 @@ def plant(parameter: torch.nn.Parameter, case: Case) -> None:
     def poison(grad: torch.Tensor) -> torch.Tensor | None:
         nonlocal passes
         passes += 1
-        if passes != case.step * case.accumulate:
+        step, rest = divmod(passes, case.accumulate)
+        if rest or not case.step <= step <= max(case.step, case.last):
             return None
         grad = grad.clone()
         grad[3] = case.value
