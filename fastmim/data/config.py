@@ -8,6 +8,7 @@ from typing import Literal
 from fastmim.data.decode.choose import HW_DECODER_LOAD, DecoderName
 from fastmim.views import Augmentation
 
+MAX_THREADS, MAX_PREFETCH = 1024, 256
 CacheName = Literal["none", "ram", "device"]
 
 
@@ -43,16 +44,16 @@ class DataConfig:
     """Stop when a rank met more undecodable files than this share of all (ten are always borne)."""
 
     def __post_init__(self) -> None:
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"want data.threads >= 1, got {self.threads}")
-        if self.prefetch < 1:
-            raise ValueError(f"want data.prefetch >= 1, got {self.prefetch}")
+        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
+            raise ValueError(f"data.threads: want 1 to {MAX_THREADS}, got {self.threads}")
+        if not 1 <= self.prefetch <= MAX_PREFETCH:
+            raise ValueError(f"data.prefetch: want 1 to {MAX_PREFETCH}, got {self.prefetch}")
         if self.epoch_images is not None and self.epoch_images < 1:
-            raise ValueError(f"want data.epoch-images >= 1, got {self.epoch_images}")
+            raise ValueError(f"data.epoch-images: want at least 1, got {self.epoch_images}")
         if not 0 <= self.hw_decoder_load <= 1:
-            raise ValueError(f"want 0 <= data.hw_decoder_load <= 1, got {self.hw_decoder_load}")
+            raise ValueError(f"data.hw-decoder-load: want a share in [0, 1], got {self.hw_decoder_load}")
         if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"want 0 <= data.max_bad_fraction <= 1, got {self.max_bad_fraction}")
+            raise ValueError(f"data.max-bad-fraction: want a share in [0, 1], got {self.max_bad_fraction}")
 
     def num_threads(self) -> int:
         """`threads`, or the cores this process may use, divided by the ranks launched on this node."""

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,8 @@ from fastmim.models.vit import ViTConfig
 from fastmim.optim import OptimConfig
 
 Config = TypeVar("Config")
+LARGEST, LARGEST_DEPTH = 2**20, 1024  # sizes and counts of a model or method
+MOST_STEPS = 10**12  # of a run: more is a slip of the keyboard
 WARMUP_SHARE = 0.2  # of a run too short for the warm-up asked for
 LAST_MILESTONE = 7 / 8  # of a run that ends before it, as in SimMIM: 700 of 800 epochs
 
@@ -79,6 +82,7 @@ class Run:
     """Optimizer steps between reports"""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         for name in ("batch", "accumulate", "save_every", "keep", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name.replace('_', '-')}: want at least 1, got {getattr(self, name)}")
@@ -95,6 +99,27 @@ class Run:
             raise ValueError(f"seed: want 0 to 2^63 - 1, got {self.seed}")
         if self.allow_changes and not self.resume:
             raise ValueError(f"allow-changes: of use with --resume only, got {' '.join(self.allow_changes)}")
+
+
+def check_numbers(config: Any, prefix: str = "") -> None:
+    """ValueError, with the flag's name, for a number that no run can mean, whatever its configuration says.
+
+    That is one that is not finite, of which comparisons say nothing; an integer of more than 63 bits; a size
+    or count of the model or method above `LARGEST`, whose building would take all memory and never end.
+    """
+    for f in dataclasses.fields(config):
+        flag, value = f"{prefix}{f.name.replace('_', '-')}", getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            check_numbers(value, f"{flag}.")
+            continue
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, float) and not math.isfinite(item):
+                raise ValueError(f"{flag}: want a finite number, got {item}")
+            if isinstance(item, int) and not abs(item) < 2**63:
+                raise ValueError(f"{flag}: want an integer below 2^63, got {item:.3e}")
+            most = LARGEST_DEPTH if f.name.endswith("depth") else LARGEST
+            if isinstance(item, int) and item > most and flag.startswith(("model.", "method.")):
+                raise ValueError(f"{flag}: want at most {most}, got {item}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +159,10 @@ def make_plan(run: Run, images: Images, *, world: int, device: Literal["cuda", "
     if run.method.labeled:
         run.method.check_classes(1 + int(labels_of(images).max()))
     steps_per_epoch, left_out = divmod(num_samples, run.batch)
-    total = run.steps if run.steps is not None else max(1, round(run.epochs * steps_per_epoch))
+    length = run.epochs * steps_per_epoch if run.steps is None else run.steps
+    if length > MOST_STEPS:
+        raise ValueError(f"steps, epochs: want a run of at most {MOST_STEPS:.0e} steps, got {length:.3g}")
+    total = max(1, round(length))
     notes = []
     if left_out:
         notes.append(

@@ -26,6 +26,7 @@ from fastmim.data import (
 )
 from fastmim.data.feed.sizes import bytes_as_text
 from fastmim.data.sources.sample import sample_set
+from fastmim.engine import durable
 from fastmim.engine.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from fastmim.engine.config import (
     Plan,
@@ -171,6 +172,7 @@ def prepare(run: Run) -> Prepared:
     if probed is not None and not hasattr(method, "encoder"):
         raise ValueError(f"probe.data: want a method that trains an encoder, got {run.method.name}")
     facts = run_facts(run, plan, images) | facts_of_frozen(method)
+    durable.seal({"facts": facts, "run": as_dict(run)})  # what JSON cannot hold is refused now, not by a save
     need_bytes = checkpoint_bytes(method, run, plan)
     ranks.from_main(lambda: check_room(place_of(run), need_bytes), "looking for room for a checkpoint")
     run_dir = place_of(run)

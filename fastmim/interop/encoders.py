@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fastmim.interop.hf import from_hf, pixel_statistics, read_config, weight_files
 from fastmim.interop.mae import ENCODER, MASK_TOKEN, abridged, bare_part
-from fastmim.interop.metadata import encoder_of
+from fastmim.interop.metadata import config_of, encoder_of
 from fastmim.interop.weights_file import read_weights
 from fastmim.models.embed import TO_CLASS, resize_positions, sincos_2d
 from fastmim.models.swin import SwinEncoder
@@ -110,10 +110,20 @@ def metadata_of(file: Path) -> dict[str, str]:
         raise ValueError(f"{file} is no encoder of a run: {error}") from error
 
 
+def check_size(c: ViTConfig, flat: Mapping[str, Tensor]) -> None:
+    """ValueError, before anything is built, for metadata of an encoder that is not in the file."""
+    wanted, there = 12 * c.depth * c.width**2, sum(tensor.numel() for tensor in flat.values())
+    if wanted > 2 * there:
+        raise ValueError(
+            f"metadata: {c.depth} blocks of width {c.width} have {wanted:,} weights, the file has {there:,}"
+        )
+
+
 def of_run(file: Path, origin: Path, metadata: Mapping[str, str]) -> Pretrained:
     """From a file with our metadata."""
     flat = read_weights(file, "weights")
     try:
+        check_size(config_of(metadata), flat)
         encoder = encoder_of(metadata)
     except (KeyError, ValueError) as error:
         raise ValueError(f"{origin} is no encoder of a run: {error}") from error

@@ -35,18 +35,35 @@ def encoder_metadata(c: ViTConfig, architecture: str = "vit") -> dict[str, str]:
 
 
 def config_of(metadata: Mapping[str, str]) -> ViTConfig:
-    """What `encoder_metadata` was made of, as far as it shapes the encoder. KeyError for what is missing."""
-    sizes: dict[str, Any] = {name: int(metadata[name]) for name in SIZES}
+    """What `encoder_metadata` was made of, as far as it shapes the encoder.
+
+    KeyError for what is missing, ValueError, with its name, for what is no value of it.
+    """
+    sizes: dict[str, Any] = {name: literal(metadata, name, int) for name in SIZES}
     parts: dict[str, Any] = {name: metadata[name] for name in PARTS if name in metadata}
     for name in {"layer_scale", "final_norm"} & parts.keys():
-        parts[name] = ast.literal_eval(str(parts[name]))
+        parts[name] = literal(metadata, name, bool if name == "final_norm" else float)
     return ViTConfig(
         **sizes,
-        image_size=(int(metadata["image_height"]), int(metadata["image_width"])),
-        mean=tuple(ast.literal_eval(metadata["mean"])),
-        std=tuple(ast.literal_eval(metadata["std"])),
+        image_size=(literal(metadata, "image_height", int), literal(metadata, "image_width", int)),
+        mean=tuple(literal(metadata, "mean", list)),
+        std=tuple(literal(metadata, "std", list)),
         **parts,
     )
+
+
+def literal(metadata: Mapping[str, str], name: str, kind: type) -> Any:
+    """A value that was written as text. ValueError if it is none of this kind, or hides something else."""
+    text = str(metadata[name])
+    try:
+        value = ast.literal_eval(text)
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+        value = None
+    items = value if kind is list else [value]
+    kinds = (int, float) if kind in (float, list) else (kind,)
+    if not isinstance(items, list) or any(type(item) not in kinds for item in items):
+        raise ValueError(f"metadata {name}: want {kind.__name__}, got {text[:60]!r}")
+    return value
 
 
 def architecture_of(encoder: nn.Module) -> str:

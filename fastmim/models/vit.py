@@ -28,6 +28,8 @@ from fastmim.models.init import INITS, Init
 from fastmim.models.tokens import Encoded, Tokens, every_patch, runs_of, token_sources
 
 Positions = Literal["sincos", "learned", "relative", "relative_per_block"]
+LARGEST = {"width": 65536, "depth": 1024, "heads": 1024, "patch": 4096, "channels": 1024}
+LARGEST_SIDE = 65536  # of an image, in pixels
 PIXEL_STATISTICS = {  # mean, std of ImageNet; of its gray version for one channel
     3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     1: ((0.449,), (0.226,)),
@@ -71,14 +73,18 @@ class ViTConfig:
     """First weights, as of MAE, MoCo v3, CAE, DINO or BEiT"""
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "heads", "patch", "channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}: want at least 1, got {getattr(self, name)}")
+        for name, most in LARGEST.items():
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"model.{name}: want 1 to {most}, got {getattr(self, name)}")
         if self.width % self.heads or self.width % 4:
             raise ValueError(
                 f"model.width: want a multiple of heads = {self.heads} and of 4 (positions), got {self.width}"
             )
         height, width = self.size
+        if max(height, width) > LARGEST_SIDE:
+            raise ValueError(
+                f"model.image-size: want sides of at most {LARGEST_SIDE}, got {height} x {width}"
+            )
         if min(height, width) < 1 or height % self.patch or width % self.patch:
             raise ValueError(
                 f"model.image-size: want multiples of the patch, {self.patch}, got {height} x {width}"

@@ -1,5 +1,6 @@
 """Optimizers by name, and the numbers that configure them."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,6 +10,8 @@ import torch
 from fastmim.optim.apex import apex_adamw, find_fused_adam
 from fastmim.optim.lars import LARS
 from fastmim.optim.schedule import Schedule
+
+NOT_NEGATIVE = ("blr", "min_lr", "warmup_epochs", "eps", "weight_decay", "clip")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,16 +55,14 @@ class OptimConfig:
     """Weight decay at the end, along half a cosine; by default it stays as it is"""
 
     def __post_init__(self) -> None:
-        for name in ("blr", "min_lr", "warmup_epochs", "eps", "weight_decay", "clip"):
-            if getattr(self, name) < 0:
+        for name in (*NOT_NEGATIVE, *(n for n in ("lr", "weight_decay_end") if getattr(self, n) is not None)):
+            if not 0 <= getattr(self, name) < math.inf:  # of NaN neither holds
                 flag = name.replace("_", "-")
-                raise ValueError(f"optim.{flag}: want 0 or more, got {getattr(self, name)}")
+                raise ValueError(f"optim.{flag}: want 0 or more, and a number, got {getattr(self, name)}")
         if not 0 <= self.warmup_start <= 1:
             raise ValueError(f"optim.warmup-start: want a share in [0, 1], got {self.warmup_start}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas: want two numbers in [0, 1), got {self.betas}")
-        if self.weight_decay_end is not None and self.weight_decay_end < 0:
-            raise ValueError(f"optim.weight-decay-end: want 0 or more, got {self.weight_decay_end}")
         if self.schedule == "multistep" and not self.milestones:
             raise ValueError(
                 "optim.milestones: want the epochs at which multistep lowers the learning rate, got none: it "
