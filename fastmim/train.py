@@ -21,19 +21,35 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import json
 import logging
 
+from fastmim.engine.launcher import watch_launcher
+from fastmim.engine.outlast import Outlasting
+from fastmim.engine.stop import STOP, Stopped
+
 INTERRUPTED = 130  # as a shell says it: 128 + SIGINT
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse, build, run. Exits with 2 for what cannot be begun, 1 for what ended early, 130 for Ctrl-C."""
+    """Parse, build, run.
+
+    Exits with 2 for what cannot be begun, 1 for what ended early, 75 for a run that was asked to stop and
+    saved, 130 for Ctrl-C.
+    """
+    watch_launcher(STOP.ask, lambda: STOP.listening)
+    if __name__ == "__main__":
+        sys.stdout, sys.stderr = (stream and Outlasting(stream) for stream in (sys.stdout, sys.stderr))
     try:
         start(arguments)
     except KeyboardInterrupt as caught:
         if os.environ.get("RANK", "0") == "0":
             print("fastmim: interrupted", *caught.args, file=sys.stderr)
-        for stream in filter(None, (sys.stdout, sys.stderr)):
-            stream.flush()
-        os._exit(INTERRUPTED)  # not by the end of torch, which may wait for other ranks
+        leave_at_once(INTERRUPTED)
+
+
+def leave_at_once(status: int) -> NoReturn:
+    """Not by the end of torch, which may wait for other ranks."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
+    os._exit(status)
 
 
 def start(arguments: Sequence[str] | None) -> None:
@@ -60,6 +76,7 @@ def start(arguments: Sequence[str] | None) -> None:
 
     from fastmim.engine import pretrain  # imports DeepSpeed: seconds that --help need not take
     from fastmim.engine.deepspeed import leave_process_group
+    from fastmim.engine.ranks import lost_a_rank
 
     try:
         prepared = pretrain.prepare(command.run)
@@ -68,10 +85,21 @@ def start(arguments: Sequence[str] | None) -> None:
         stop(error, 2, say=first)
     try:
         pretrain.train(prepared, arguments=arguments)
+    except Stopped as stopped:
+        leave_process_group()
+        if first:
+            print(f"fastmim: {stopped}; --run-dir {prepared.run_dir} --resume continues", file=sys.stderr)
+        sys.exit(stopped.status)
     except pretrain.ENDINGS as error:
         if isinstance(error, pretrain.SHARED_ENDINGS):
             leave_process_group()
         stop(error, 1, say=True)
+    except RuntimeError as error:
+        if not lost_a_rank(error):
+            raise
+        rank = os.environ.get("RANK", "0")
+        print(f"fastmim: error: rank {rank} lost another rank: {str(error).splitlines()[0]}", file=sys.stderr)
+        leave_at_once(1)  # nobody answers any more
     except KeyboardInterrupt:
         saved = any(prepared.checkpoints.folder.glob("step-*"))
         hint = f"--run-dir {prepared.run_dir} --resume continues" if saved else "no checkpoint was made yet"

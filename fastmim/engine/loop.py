@@ -19,6 +19,7 @@ from fastmim.engine.config import Plan, Run
 from fastmim.engine.deepspeed import backward, set_rates
 from fastmim.engine.finite import Finite
 from fastmim.engine.metrics import Metrics, Stopwatch
+from fastmim.engine.stop import Agreement, Stopped
 from fastmim.engine.teacher import Teacher
 from fastmim.optim import OptimConfig
 from fastmim.optim.schedule import learning_rate, weight_decay
@@ -35,11 +36,14 @@ def train_loop(
     end_of: Callable[[int], None] = lambda _: None,
     probe: Callable[[int], Mapping[str, float]] = lambda _: {},
     *,
+    agreement: Agreement,
     run: Run,
     plan: Plan,
     start_step: int,
 ) -> None:
     """Train from `start_step` finished steps to `plan.total_steps`. Raises `NonFinite` within an interval.
+
+    Raises `Stopped` after a save, on all ranks, where one of them was asked to stop.
 
     What `probe` finds after a step joins its row. `end_of` is told of each step, after it was saved if it was
     to be.
@@ -65,7 +69,8 @@ def train_loop(
         done = step + 1
         teacher.step(done / plan.total_steps)
         engine.module.after_step(done / plan.total_steps)
-        saving = done % run.save_every == 0 or done == plan.total_steps
+        stopping = agreement.reached() and done < plan.total_steps
+        saving = done % run.save_every == 0 or done == plan.total_steps or stopping
         metrics.add(done, rates[None], outputs, norm, *finite.look(everything=saving))
         if found := probe(done):
             metrics.also(done, found)
@@ -74,6 +79,8 @@ def train_loop(
         if saving:
             save(done)
             metrics.restart_clock()
+        if stopping:
+            raise Stopped(f"stopped after step {done}: {agreement.stop.why}", agreement.stop.status)
         end_of(done)
 
 

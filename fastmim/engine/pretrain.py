@@ -5,6 +5,7 @@ import logging
 import pickle
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -42,6 +43,7 @@ from fastmim.engine.doctor import versions
 from fastmim.engine.extension import build_fused_adam
 from fastmim.engine.frozen import check_files, facts_of_frozen, place_frozen
 from fastmim.engine.judge import NonFinite
+from fastmim.engine.lock import RunLock
 from fastmim.engine.loop import train_loop
 from fastmim.engine.metrics import Metrics, Stopwatch
 from fastmim.engine.pictures import draw_loss, draw_reconstruction
@@ -57,6 +59,7 @@ from fastmim.engine.run_dir import (
     write_configuration,
 )
 from fastmim.engine.shards import checkpoint_bytes, restore, write_shards
+from fastmim.engine.stop import STOP, Agreement, Stopped
 from fastmim.engine.teacher import Teacher, check_copies, copy_students
 from fastmim.engine.validate import Validation, check_classes_alike
 from fastmim.interop.encoders import load_pretrained, transfer
@@ -80,7 +83,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("fastmim")
 
 REFUSALS = (ValueError, ImportError, RankError, CheckpointError)  # of `prepare`
-SHARED_ENDINGS = (NonFinite, CheckpointError)  # of `train`, the same on every rank
+SHARED_ENDINGS = (NonFinite, CheckpointError, Stopped)  # of `train`, the same on every rank
 
 
 class NotLoaded(RuntimeError):
@@ -146,6 +149,7 @@ class Prepared:
     found: Checkpoint | None  # where to resume
     changed: list[str]  # facts that differ from that checkpoint's, as was allowed
     weights: str | None  # what came from --init-from and what did not
+    lock: RunLock | None  # on the directory of a run that resumes
 
 
 def prepare(run: Run) -> Prepared:
@@ -179,10 +183,14 @@ def prepare(run: Run) -> Prepared:
     if run.run_dir is None:  # last: nothing that follows refuses a run without one
         run_dir = ranks.from_main(lambda: claimed(run.method.name), "making the run directory")
     checkpoints = Checkpoints(run_dir / "checkpoints", ranks, keep=run.keep)
+    lock = RunLock(run_dir) if run.resume else None
+    if lock is not None and run_dir.is_dir():  # before: the run that is in it may remove what is found
+        ranks.from_main(lambda: lock.acquire(wait=True), "locking the run directory")
     found, changed = find_checkpoint(run, run_dir, checkpoints, facts)
     return Prepared(
         run=run, plan=plan, ranks=ranks, images=images, val=val, probed=probed, sizes=sizes, method=method,
         run_dir=run_dir, checkpoints=checkpoints, facts=facts, found=found, changed=changed, weights=weights,
+        lock=lock,
     )  # fmt: skip
 
 
@@ -196,7 +204,8 @@ def train(p: Prepared, *, arguments: list[str] | None = None) -> None:
     if ranks.is_main:
         describe(p)
     ours = p.run.run_dir is None or not p.run_dir.exists()
-    with no_empty_folder_left(p.run_dir, ours=ours):
+    lock = p.lock or RunLock(p.run_dir)
+    with no_empty_folder_left(p.run_dir, ours=ours), STOP.listen(), closing(lock):
         p.method.share(ranks)
         place_frozen(p.method, device_of(p.plan, ranks))
         engine, groups = wrap(p.method, p.run, p.plan)
@@ -204,6 +213,8 @@ def train(p: Prepared, *, arguments: list[str] | None = None) -> None:
         start_step = load(engine, teacher, p.found, ranks) if p.found else 0
         with loader_of(p, start_step) as loader:  # the last that may refuse: only now is anything written
             content = configuration(p, arguments)
+            if p.lock is None:
+                ranks.from_main(lambda: lock_new(lock), "locking the run directory", CheckpointError)
             ranks.from_main(
                 lambda: write_configuration(p.run_dir, content), "writing config.json", CheckpointError
             )
@@ -218,6 +229,12 @@ def train(p: Prepared, *, arguments: list[str] | None = None) -> None:
     ranks.barrier()
 
 
+def lock_new(lock: RunLock) -> None:
+    """Lock the directory of a run that begins, made now if it is not there."""
+    lock.run_dir.mkdir(parents=True, exist_ok=True)
+    lock.acquire()
+
+
 def train_steps(
     p: Prepared,
     engine: "DeepSpeedEngine",
@@ -229,6 +246,7 @@ def train_steps(
 ) -> None:
     """Every step that is left, with its metrics, checkpoints and looks at the validation images."""
     need_bytes = checkpoint_bytes(p.method, p.run, p.plan)
+    agreement = Agreement(STOP, p.ranks)
     metrics = Metrics(
         p.run_dir, p.plan, p.ranks, log_every=p.run.log_every, batch=p.run.batch, start_step=start_step,
         diagnose=p.method.diagnose, samples=lambda step: samples_of(p, step),
@@ -265,9 +283,10 @@ def train_steps(
     try:
         end_of(start_step)  # where a stop came between the checkpoint and the look
         train_loop(
-            engine, groups, teacher, batches, metrics, save, end_of, look, run=p.run, plan=p.plan,
-            start_step=start_step,
+            engine, groups, teacher, batches, metrics, save, end_of, look, agreement=agreement, run=p.run,
+            plan=p.plan, start_step=start_step,
         )  # fmt: skip
+        agreement.close()
     finally:
         metrics.close()
 

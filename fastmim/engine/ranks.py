@@ -23,6 +23,12 @@ class RankError(RuntimeError):
     """Something failed on at least one rank. Raised on all of them, with one message."""
 
 
+def lost_a_rank(error: BaseException) -> bool:
+    """Whether an error of a collective says that a rank is gone; gloo and NCCL have no class for it."""
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+
+
 @dataclass(frozen=True)
 class Ranks:
     """A handle on the process group: `rank` of `world`, and `local_rank` on this node."""
@@ -107,6 +113,22 @@ class Ranks:
         total = x.clone()
         dist.all_reduce(total)
         return total / self.world
+
+    def ask_any(self, flag: bool) -> Callable[[], bool]:
+        """Begin to ask whether any rank has the flag set; what is returned waits for the answer and gives it.
+
+        A call for all ranks at once.
+        """
+        if self.world == 1:
+            return lambda: flag
+        flags = torch.tensor([int(flag)], dtype=torch.int32)
+        work = dist.all_reduce(flags, group=self._gloo, async_op=True)
+
+        def answer() -> bool:
+            work.wait()
+            return bool(flags.item())
+
+        return answer
 
     def all_succeed(self, fn: Callable[[], T], what: str, raises: type[Exception] = RankError) -> T:
         """`fn()` on this rank, once it has succeeded on every rank.
