@@ -80,6 +80,9 @@ class Run:
     """Checkpoints kept"""
     log_every: int = 20
     """Optimizer steps between reports"""
+    timeout: float = 120.0
+    """Seconds beyond what a step or a save has been taking, after which a rank without progress is taken for
+    one that hangs: all ranks write their stacks to the run directory and end. 0: never"""
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -93,6 +96,8 @@ class Run:
             )
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps: want at least 1, got {self.steps}")
+        if self.timeout < 0:
+            raise ValueError(f"timeout: want 0 or more seconds, got {self.timeout}")
         if self.epochs <= 0:
             raise ValueError(f"epochs: want more than 0, got {self.epochs}")
         if not 0 <= self.seed < 2**63:

@@ -5,7 +5,6 @@ import logging
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,11 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 
 from fastmim.engine.config import Plan, Run
-from fastmim.engine.ranks import Ranks
+from fastmim.engine.ranks import COLLECTIVE_TIMEOUT, Ranks
 from fastmim.methods.base import Method
 from fastmim.optim import OPTIMIZERS
 from fastmim.optim.groups import parameter_groups
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 # what DeepSpeed 0.19.8 saves beside tensors: none of it is code
 PLAIN = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 

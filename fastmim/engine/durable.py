@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 T = TypeVar("T")
 
@@ -36,6 +36,11 @@ def replace_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     os.replace(new, path)
     fsync(path.parent)
+
+
+def open_to_add(path: Path) -> IO[str]:
+    """Open a file of text to add lines to. OSError for a link, which may lead anywhere."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666), "a")
 
 
 def file_names(folder: Path) -> list[str]:

@@ -40,11 +40,8 @@ class RunLock:
                 break
             except OSError as error:
                 if error.errno in NO_LOCKS:
-                    print(
-                        f"{'note':>8}  {self.run_dir} cannot be locked on its file system: nothing keeps another "
-                        "run out of it",
-                        flush=True,
-                    )
+                    words = f"{self.run_dir} cannot be locked on its file system: another run may enter it"
+                    print(f"{'note':>8}  {words}", flush=True)
                     return
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
                     raise

@@ -21,6 +21,7 @@ from fastmim.engine.finite import Finite
 from fastmim.engine.metrics import Metrics, Stopwatch
 from fastmim.engine.stop import Agreement, Stopped
 from fastmim.engine.teacher import Teacher
+from fastmim.engine.watchdog import Watchdog
 from fastmim.optim import OptimConfig
 from fastmim.optim.schedule import learning_rate, weight_decay
 from fastmim.views import Batch
@@ -37,6 +38,7 @@ def train_loop(
     probe: Callable[[int], Mapping[str, float]] = lambda _: {},
     *,
     agreement: Agreement,
+    watchdog: Watchdog,
     run: Run,
     plan: Plan,
     start_step: int,
@@ -77,11 +79,13 @@ def train_loop(
         if metrics.due(done) or saving:
             metrics.flush(seconds_waiting=waiting.take())  # raises before what is not finite is saved
         if saving:
-            save(done)
+            with watchdog.during("save"):
+                save(done)
             metrics.restart_clock()
         if stopping:
             raise Stopped(f"stopped after step {done}: {agreement.stop.why}", agreement.stop.status)
         end_of(done)
+        watchdog.beat()
 
 
 def rate_at(step: int, config: OptimConfig, plan: Plan, schedule: str | None = None) -> float:

@@ -19,12 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from fastmim.engine import durable
 from fastmim.engine.config import Plan
+from fastmim.engine.durable import explain_full_disk, open_to_add
 from fastmim.engine.judge import Judge, is_bad, strict
 from fastmim.engine.ranks import Ranks
+from fastmim.engine.trackers import tensorboard
 from fastmim.methods.base import Output
 
 
@@ -153,17 +155,15 @@ class Report:
         self.unit = "GPU" if plan.device == "cuda" else "rank"
         path = run_dir / "metrics.jsonl"
         keep_rows_up_to(path, start_step)
-        self.file = path.open("a")
-        self.events = SummaryWriter(
-            str(run_dir / "tensorboard"), purge_step=start_step + 1 if start_step else None
-        )
+        self.path, self.file = path, open_to_add(path)
+        self.events = tensorboard(run_dir, start_step)
         self.bar = None
         if getattr(sys.stderr, "isatty", bool)():  # what notebooks and tests put there may have none
             self.bar = tqdm(total=self.total, initial=start_step, unit="step", dynamic_ncols=True)
 
     def write(self, rows: list[dict[str, Any]]) -> None:
-        self.file.writelines(json.dumps(strict(row), allow_nan=False) + "\n" for row in rows)
-        self.file.flush()
+        text = "".join(json.dumps(strict(row), allow_nan=False) + "\n" for row in rows)
+        explain_full_disk(self.path, len(text), lambda: self.add(text))
         for row in rows:
             for name in row.keys() - {"step", "epoch", "seconds"}:
                 self.events.add_scalar(name, row[name], row["step"])
@@ -181,10 +181,14 @@ class Report:
         left = (time.monotonic() - self.start) / done * (self.total - last["step"])
         print(f"step {last['step']}/{self.total}  {words}  ETA {clock(left)}", flush=True)
 
+    def add(self, text: str) -> None:
+        self.file.write(text)
+        self.file.flush()
+
     def name_samples(self, row: Mapping[str, Any], samples: Sequence[str]) -> None:
         """Write down what a step that was not finite was made of, and say so."""
         found = {name: row[name] for name in ("step", "epoch", "loss", "grad_norm", "lr")}
-        with (self.run_dir / "nonfinite.jsonl").open("a") as file:
+        with open_to_add(self.run_dir / "nonfinite.jsonl") as file:
             file.write(json.dumps(strict(found) | {"samples": list(samples)}, allow_nan=False) + "\n")
         done = "it was left out: the weights are as before" if row["skipped"] else "its gradients were"
         self.warn(row["step"], f"loss or gradients are not finite; {done}. nonfinite.jsonl has its samples")
@@ -198,27 +202,27 @@ class Report:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        self.events.close()
+        try:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        finally:
+            self.file.close()
+            self.events.close()
 
 
 def keep_rows_up_to(path: Path, step: int) -> None:
-    """Drop the rows of `metrics.jsonl` after `step`, and a last line cut short by a kill."""
+    """Drop the rows of `metrics.jsonl` after `step`, a last line cut short by a kill, and what is no row."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
+    for line in path.read_bytes().splitlines(keepends=True):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+            if row["step"] <= step and line.endswith(b"\n"):
+                kept.append(line)
+        except (ValueError, TypeError, KeyError):  # ValueError: no JSON, or no UTF-8
             continue
-        if row["step"] <= step:
-            kept.append(line)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    durable.replace_text(path, b"".join(kept).decode())
 
 
 def clock(seconds: float) -> str:

@@ -62,6 +62,7 @@ from fastmim.engine.shards import checkpoint_bytes, restore, write_shards
 from fastmim.engine.stop import STOP, Agreement, Stopped
 from fastmim.engine.teacher import Teacher, check_copies, copy_students
 from fastmim.engine.validate import Validation, check_classes_alike
+from fastmim.engine.watchdog import Watchdog, forget_hang
 from fastmim.interop.encoders import load_pretrained, transfer
 from fastmim.interop.mae import (
     check_names,
@@ -90,8 +91,8 @@ class NotLoaded(RuntimeError):
     """A whole checkpoint that DeepSpeed cannot load into this run."""
 
 
-# the last two on one rank, while others may be in the middle of a step or of loading
-ENDINGS = (*SHARED_ENDINGS, BadImages, NotLoaded)
+# the last three on one rank, while others may be in the middle of a step or of loading
+ENDINGS = (*SHARED_ENDINGS, BadImages, NotLoaded, OSError)
 
 
 def device_type() -> Literal["cuda", "cpu"]:
@@ -215,18 +216,23 @@ def train(p: Prepared, *, arguments: list[str] | None = None) -> None:
             content = configuration(p, arguments)
             if p.lock is None:
                 ranks.from_main(lambda: lock_new(lock), "locking the run directory", CheckpointError)
-            ranks.from_main(
-                lambda: write_configuration(p.run_dir, content), "writing config.json", CheckpointError
-            )
+            ranks.from_main(lambda: begin(p.run_dir, content), "writing config.json", CheckpointError)
             batches = iter(loader)
             validation = validation_of(p, start_step)
-            train_steps(p, engine, groups, teacher, batches, start_step, validation)
+            with Watchdog(p.run_dir, ranks, p.run.timeout) as watchdog:
+                train_steps(p, engine, groups, teacher, batches, start_step, validation, watchdog)
             state = whole_state(engine, teacher.values())
             if ranks.is_main:
                 write_results(p.run, p.run_dir, state, next(batches))
                 if validation is not None and (words := validation.summary()):
                     print(f"{'val':>8}  {words}", flush=True)
     ranks.barrier()
+
+
+def begin(run_dir: Path, content: dict[str, Any]) -> None:
+    """The first that is written into the directory of a run."""
+    write_configuration(run_dir, content)
+    forget_hang(run_dir)
 
 
 def lock_new(lock: RunLock) -> None:
@@ -243,6 +249,7 @@ def train_steps(
     batches: Iterator[Batch],
     start_step: int,
     validation: Validation | None,
+    watchdog: Watchdog,
 ) -> None:
     """Every step that is left, with its metrics, checkpoints and looks at the validation images."""
     need_bytes = checkpoint_bytes(p.method, p.run, p.plan)
@@ -263,7 +270,7 @@ def train_steps(
 
     def end_of(step: int) -> None:
         if validation is not None and validation.due(step):
-            with Stopwatch() as looking:
+            with Stopwatch() as looking, watchdog.during("validation"):
                 row = validation(engine, step)
             metrics.leave_out(looking.seconds)
             metrics.events(
@@ -275,7 +282,7 @@ def train_steps(
     def look(step: int) -> Mapping[str, float]:
         if probe is None or not probe.due(step):
             return {}
-        with Stopwatch() as looking:
+        with Stopwatch() as looking, watchdog.during("probe"):
             found = probe(engine)
         metrics.leave_out(looking.seconds)
         return found
@@ -283,8 +290,8 @@ def train_steps(
     try:
         end_of(start_step)  # where a stop came between the checkpoint and the look
         train_loop(
-            engine, groups, teacher, batches, metrics, save, end_of, look, agreement=agreement, run=p.run,
-            plan=p.plan, start_step=start_step,
+            engine, groups, teacher, batches, metrics, save, end_of, look, agreement=agreement,
+            watchdog=watchdog, run=p.run, plan=p.plan, start_step=start_step,
         )  # fmt: skip
         agreement.close()
     finally:

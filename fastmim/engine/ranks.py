@@ -9,6 +9,7 @@ Limits  All ranks must make the same calls in the same order. What travels is pi
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # the watchdog is quicker; a save to a slow disk takes its time
 
 
 class RankError(RuntimeError):
@@ -67,7 +69,7 @@ class Ranks:
 
     @cached_property
     def _gloo(self) -> dist.ProcessGroup:  # made by the first call that needs it, on all ranks together
-        return dist.new_group(backend="gloo")
+        return dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)  # it does not take the default's
 
     def barrier(self) -> None:
         """Return when every rank has come here."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastmim.data import Images
 from fastmim.data.feed.center import center_crops
+from fastmim.engine.durable import open_to_add
 from fastmim.engine.metrics import keep_rows_up_to
 from fastmim.engine.ranks import Ranks
 from fastmim.views import Batch
@@ -92,7 +93,7 @@ class Validation:
         self.done.append(step)
         if self.ranks.is_main:
             self.rows.append(row)
-            with self.path.open("a") as file:
+            with open_to_add(self.path) as file:
                 file.write(json.dumps(row) + "\n")
             print(f"{'val':>8}  epoch {row['epoch']:g}: {words_of(row)}", flush=True)
         return row

@@ -15,7 +15,9 @@ from fastmim.engine import deepspeed as door
 from fastmim.engine.config import Plan, Run
 from fastmim.engine.loop import train_loop
 from fastmim.engine.ranks import Ranks
+from fastmim.engine.stop import Agreement, Stop
 from fastmim.engine.teacher import Teacher
+from fastmim.engine.watchdog import Watchdog
 from fastmim.group import Group
 from fastmim.methods.base import Method, MethodConfig, Output
 from fastmim.optim import OptimConfig
@@ -111,7 +113,7 @@ class Norms:
     def __init__(self):
         self.found = []
 
-    def add(self, step, rate, outputs, norm, left):
+    def add(self, step, rate, outputs, norm, skipped, left):
         self.found.append(norm.item())
 
     def due(self, _):
@@ -132,7 +134,10 @@ def train(case: Case, ranks: Ranks) -> dict:
     engine, groups = door.wrap(method, run, plan)
     teacher = Teacher(engine, ranks)
     feed = batches(case, ranks.rank)
-    train_loop(engine, groups, teacher, feed, norms, lambda _: None, run=run, plan=plan, start_step=0)
+    train_loop(
+        engine, groups, teacher, feed, norms, lambda _: None, agreement=Agreement(Stop(), ranks),
+        watchdog=Watchdog(Path(), ranks, 0), run=run, plan=plan, start_step=0,
+    )  # fmt: skip
     return {"end": door.whole_state(engine, {}), "norms": norms.found}
 
 

@@ -19,6 +19,8 @@ from fastmim.engine import teacher as module
 from fastmim.engine.config import Plan, Run
 from fastmim.engine.loop import train_loop
 from fastmim.engine.ranks import Ranks
+from fastmim.engine.stop import Agreement, Stop
+from fastmim.engine.watchdog import Watchdog
 from fastmim.optim import OptimConfig
 from fastmim.optim.groups import parameter_groups
 from fastmim.views import Batch
@@ -169,7 +171,8 @@ def train(case: Case, ranks: Ranks) -> dict:
     start = {name: x.clone() for name, x in door.whole_state(engine, teacher.values()).items()}
     notes = watched(teacher, engine)
     train_loop(
-        engine, groups, teacher, batches(case, ranks), Silent(), lambda _: None, run=run, plan=plan,
+        engine, groups, teacher, batches(case, ranks), Silent(), lambda _: None,
+        agreement=Agreement(Stop(), ranks), watchdog=Watchdog(Path(), ranks, 0), run=run, plan=plan,
         start_step=0,
     )  # fmt: skip
     door.deepspeed.runtime.engine.FusedAdam = fused
