@@ -1,4 +1,4 @@
-"""What hangs is noticed on every rank, with its stacks; what is slow, stopped or merely showing the run is not."""
+"""What hangs is noticed on every rank, with its stacks; what is slow, was stopped or only shows is not."""
 
 import errno
 import json
@@ -128,7 +128,7 @@ def test_one_that_waits_goes_on_while_another_says_that_its_disk_is_busy(quick, 
     assert dog.is_busy()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_rank_that_is_stopped_is_noticed_by_the_other(images, tmp_path):
     run_dir = tmp_path / "run"
     command = command_of(run_dir, images, "--timeout", "5", ranks=2)
@@ -180,9 +180,7 @@ class Bad:
 
 
 @pytest.mark.parametrize("how", ["make", "add", "hang", "close", "hang in close"])
-def test_a_tracker_that_fails_or_hangs_is_said_once_and_costs_no_row(
-    images, tmp_path, monkeypatch, capsys, how
-):
+def test_a_tracker_that_fails_or_hangs_costs_no_row(images, tmp_path, monkeypatch, capsys, how):
     monkeypatch.setattr(trackers, "CLOSE_S", 0.3)
     monkeypatch.setattr(metrics, "tensorboard", lambda *_: Tracker(lambda: Bad(how), "Bad"))
     train(prepare(tiny_run(images, tmp_path, steps=6, log_every=1)))
@@ -221,17 +219,8 @@ def test_a_run_directory_that_goes_away_ends_the_run_in_a_line(images, tmp_path,
 
     run_dir = tmp_path / "run"
     monkeypatch.setattr(torch, "save", gone(run_dir, torch.save))
-    arguments = [
-        *TINY,
-        "--data.path",
-        str(images),
-        "--run-dir",
-        str(run_dir),
-        "--steps",
-        "4",
-        "--save-every",
-        "2",
-    ]
+    where = ["--data.path", str(images), "--run-dir", str(run_dir)]
+    arguments = [*TINY, *where, "--steps", "4", "--save-every", "2"]
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     said = capsys.readouterr().err.strip().splitlines()
