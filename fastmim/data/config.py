@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from fastmim.data.decode.choose import HW_DECODER_LOAD, DecoderName
+from fastmim.data.decode.header import MAX_PIXELS
 from fastmim.views import Augmentation
 
 MAX_THREADS, MAX_PREFETCH = 1024, 256
@@ -40,6 +41,9 @@ class DataConfig:
     the others. Of no effect on a CPU."""
     prefetch: int = 2
     """Micro-batches decoded ahead; as many again are read ahead."""
+    max_pixels: int = 2**26
+    """Pixels of the largest image that is decoded, 67 million: a larger one counts as bad. A small file may
+    hold far more, and take all memory"""
     max_bad_fraction: float = 0.01
     """Stop when a rank met more undecodable files than this share of all (ten are always borne)."""
 
@@ -48,6 +52,8 @@ class DataConfig:
             raise ValueError(f"data.threads: want 1 to {MAX_THREADS}, got {self.threads}")
         if not 1 <= self.prefetch <= MAX_PREFETCH:
             raise ValueError(f"data.prefetch: want 1 to {MAX_PREFETCH}, got {self.prefetch}")
+        if not 1 <= self.max_pixels <= MAX_PIXELS:
+            raise ValueError(f"data.max-pixels: want 1 to {MAX_PIXELS}, got {self.max_pixels}")
         if self.epoch_images is not None and self.epoch_images < 1:
             raise ValueError(f"data.epoch-images: want at least 1, got {self.epoch_images}")
         if not 0 <= self.hw_decoder_load <= 1:

@@ -1,8 +1,9 @@
 """The C++ ops of csrc/: found or built when an op on the CPU first wants one.
 
 Built by ninja and a C++ compiler, once for each state of the sources, torch version, compiler and processor,
-into $TORCH_EXTENSIONS_DIR or ~/.cache/torch_extensions: half a minute, announced on stderr. Processes that
-want it at the same time wait for one another; one that is killed leaves nothing to trip over.
+into a folder of this user alone in $TORCH_EXTENSIONS_DIR or ~/.cache/torch_extensions: half a minute,
+announced on stderr. Processes that want it at the same time wait for one another; one that is killed leaves
+nothing to trip over. $CXX chooses the compiler, with its words as a shell reads them.
 
 Without a compiler or ninja the references in Python serve; one warning and `fastmim doctor` say so. The
 numbers are the same up to rounding. FASTMIM_NATIVE=0 chooses the references.
@@ -14,6 +15,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -47,6 +49,12 @@ def _find(what: str, *names: str) -> str:
     raise Unavailable(f"no {what} ({', '.join(names)}) on the path")
 
 
+def _compiler(wanted: str) -> list[str]:
+    """The words that call it: `wanted` as a shell reads it, as `ccache g++`, or a path with blanks."""
+    words = [wanted] if wanted and shutil.which(wanted) else shlex.split(wanted)
+    return [_find("C++ compiler", *(words[:1] or ["c++", "g++", "clang++"])), *words[1:]]
+
+
 def _run(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -56,14 +64,14 @@ def _run(command: list[str]) -> str:
     return done.stdout
 
 
-def _folder(compiler: str) -> Path:
+def _folder(compiler: list[str]) -> Path:
     """Where the library of these sources, this torch, compiler and processor lies: in every environment the
     same, for the headers of a torch are those of its version wherever it is installed."""
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.exists() else []
     features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
     digest = hashlib.sha256()
-    for fact in (torch.__version__, _run([compiler, "--version"]), features, *FLAGS):
+    for fact in (torch.__version__, _run([*compiler, "--version"]), features, *FLAGS):
         digest.update(fact.encode())
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.name.encode() + path.read_bytes())
@@ -71,13 +79,13 @@ def _folder(compiler: str) -> Path:
     return Path(root) / f"fastmim_torch{torch.__version__.split('+')[0]}_{digest.hexdigest()[:12]}"
 
 
-def _ninja_file(compiler: str) -> str:
+def _ninja_file(compiler: list[str]) -> str:
     """One object per source and one library, all in the working directory."""
     sources = sorted(SOURCES.resolve().glob("*.cpp"))
     objects = " ".join(f"{path.stem}.o" for path in sources)
     compiled = "".join(f"build {path.stem}.o: compile {_escape(path)}\n" for path in sources)
-    compile_with = _words(compiler, *FLAGS, f"-isystem{TORCH}/include")
-    link_with = _words(compiler, "-shared", "-fopenmp")
+    compile_with = _words(*compiler, *FLAGS, f"-isystem{TORCH}/include")
+    link_with = _words(*compiler, "-shared", "-fopenmp")
     libraries = _words(f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10")
     return (
         f"rule compile\n  command = {compile_with} -c $in -o $out\n"
@@ -95,7 +103,7 @@ def _escape(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def _build(compiler: str, folder: Path) -> None:
+def _build(compiler: list[str], folder: Path) -> None:
     """Compiles in a folder of its own and moves the library to its place whole."""
     ninja = _find("ninja", "ninja")
     for left in folder.glob("build-*"):  # by a process that was killed: whoever holds the lock is alone
@@ -104,7 +112,25 @@ def _build(compiler: str, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
         Path(scratch, "build.ninja").write_text(_ninja_file(compiler))
         _run([ninja, "-C", scratch])
+        with open(Path(scratch, LIBRARY), "rb") as file:
+            os.fsync(file.fileno())  # a name without its content would be loaded for ever after a power cut
         os.replace(Path(scratch, LIBRARY), folder / LIBRARY)
+
+
+def _check_own(path: Path) -> None:
+    """Unavailable for a folder of another user. One of ours into which others may write is emptied.
+
+    Code is loaded from it: whoever can write there can run what they like.
+    """
+    if not os.path.lexists(path):
+        return
+    status = os.lstat(path)
+    if status.st_uid not in (os.getuid(), 0) or stat.S_ISLNK(status.st_mode):
+        raise Unavailable(
+            f"{path} is another user's, or a link, and code would be loaded from it; set TORCH_EXTENSIONS_DIR"
+        )
+    if status.st_mode & 0o022:
+        shutil.rmtree(path)
 
 
 def library() -> Path:
@@ -113,11 +139,11 @@ def library() -> Path:
         raise Unavailable("FASTMIM_NATIVE=0")
     if not SOURCES.is_dir():
         raise Unavailable(f"no sources at {SOURCES.name}/")
-    wanted = os.environ.get("CXX")
-    compiler = _find("C++ compiler", *([wanted] if wanted else ["c++", "g++", "clang++"]))
+    compiler = _compiler(os.environ.get("CXX", ""))
     folder = _folder(compiler)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        _check_own(folder)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with open(folder / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it with the process
             if not (folder / LIBRARY).exists():

@@ -159,7 +159,7 @@ def test_an_epoch_of_imagenets_length_from_one_image(open_loader):
 
 
 def test_lengths_that_do_not_fit_are_refused(folder, open_loader):
-    with pytest.raises(ValueError, match="want data.epoch-images >= 1, got -1"):
+    with pytest.raises(ValueError, match="data.epoch-images: want at least 1, got -1"):
         DataConfig(epoch_images=-1)
     with pytest.raises(ValueError, match="want at least the 24 images there are, got 23"):
         open_loader(find_images(folder), "pillow", epoch_images=23)

@@ -335,8 +335,39 @@ def test_what_is_built_serves_from_then_on(tmp_path):
 
 
 @needs_library
+def test_a_compiler_of_several_words(tmp_path):
+    compiler = fake_compiler(tmp_path / "c++", LIBRARY)
+    env = {"CXX": f"env A=b '{compiler}'", "TORCH_EXTENSIONS_DIR": str(tmp_path / "cache")}
+    assert report(**env)[0] == ["None", "0", "True"]
+    assert Path(f"{compiler}.calls").read_text().endswith(f"{native.LIBRARY}\n")
+
+
+@needs_library
+def test_a_library_that_others_could_have_written_is_built_anew_or_refused(tmp_path, monkeypatch):
+    compiler = fake_compiler(tmp_path / "c++", LIBRARY)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    built = native.library()
+    assert built.parent.stat().st_mode & 0o777 == 0o700
+    built.write_bytes(b"planted")
+    built.parent.chmod(0o777)
+    assert native.library().read_bytes() != b"planted"
+    assert built.parent.stat().st_mode & 0o777 == 0o700
+    built.parent.rename(tmp_path / "elsewhere")
+    built.parent.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(native.Unavailable, match="another user's, or a link, and code would be loaded"):
+        native.library()
+    built.parent.unlink()
+    (tmp_path / "elsewhere").rename(built.parent)
+    lstat = os.lstat
+    monkeypatch.setattr(os, "lstat", lambda path: os.stat_result([*lstat(path)[:4], 4711, *lstat(path)[5:]]))
+    with pytest.raises(native.Unavailable, match="TORCH_EXTENSIONS_DIR"):
+        native.library()
+
+
+@needs_library
 def test_one_library_serves_every_environment_with_this_torch(tmp_path, monkeypatch):
-    compiler = str(fake_compiler(tmp_path / "c++", LIBRARY))
+    compiler = [str(fake_compiler(tmp_path / "c++", LIBRARY))]
     before = native._folder(compiler)
     monkeypatch.setattr(native, "TORCH", tmp_path)
     assert native._folder(compiler) == before

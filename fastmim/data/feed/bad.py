@@ -8,8 +8,9 @@ import json
 from pathlib import Path
 
 from fastmim.data.config import DataConfig
-from fastmim.data.decode.header import BadImage, image_size
+from fastmim.data.decode.header import MAX_PIXELS, BadImage, image_size
 from fastmim.data.sources.images import Images
+from fastmim.data.sources.patience import DiskError, patiently
 
 Read = tuple[bytes, tuple[int, int]] | str  # bytes and (height, width), or why not
 
@@ -18,11 +19,19 @@ class BadImages(ValueError):
     """Too many files cannot be decoded."""
 
 
-def try_read(images: Images, image_id: int) -> Read:
-    """The encoded bytes and the size that their header says, or what is wrong with them."""
+def try_read(images: Images, image_id: int, max_pixels: int = MAX_PIXELS) -> Read:
+    """The encoded bytes and the size that their header says, or what is wrong with them.
+
+    DiskError where it is not the image that is bad.
+    """
     try:
-        data = images.read(image_id)
-        return data, image_size(data)
+        data = patiently(lambda: images.read(image_id), images.root / images.names[image_id])
+        height, width = image_size(data)
+        if height * width > max_pixels:
+            return f"{height} x {width} pixels, more than the {max_pixels} of data.max-pixels"
+        return data, (height, width)
+    except DiskError:
+        raise
     except BadImage as error:
         return str(error)
     except OSError as error:

@@ -108,7 +108,7 @@ def fill(
             hw_decoder_load=config.hw_decoder_load,
         )
     ) as decoder:
-        decoded = decode_all(decoder, images, chunk=CHUNK, threads=threads)
+        decoded = decode_all(decoder, images, chunk=CHUNK, threads=threads, max_pixels=config.max_pixels)
         for image_id, image in bar(decoded, len(images), "decoding", quiet=quiet):
             [place] = cache.images(np.array([image_id]))
             if isinstance(image, Tensor) and image.shape != place.shape:

@@ -53,7 +53,7 @@ class FileSupply:
         device: torch.device,
     ):
         self._images, self._crops, self._bad, self._ahead = images, crops, bad, config.prefetch
-        self._device = device
+        self._device, self._max_pixels = device, config.max_pixels
         if any(crop.rand_augment for crop in crops):  # it works on the CPU: nothing goes there and back
             device = torch.device("cpu")
         self._reading: deque[Micro] = deque()
@@ -102,7 +102,10 @@ class FileSupply:
         return Micro(place, sources, reading, [])
 
     def _read_all(self, image_ids: list[int]) -> list[Read]:
-        return [try_read(self._images, image_id) for image_id in image_ids]
+        return [self._try_read(image_id) for image_id in image_ids]
+
+    def _try_read(self, image_id: int) -> Read:
+        return try_read(self._images, image_id, self._max_pixels)
 
     def _request(self, micro: Micro) -> Request:
         good = [self._good(micro, slot) for slot in range(len(micro.sources))]
@@ -125,7 +128,7 @@ class FileSupply:
             if isinstance(read, str) and source not in self._bad:
                 self._report(source, read, micro)
             source = self._bad.replacement(source)
-            read = try_read(self._images, source)
+            read = self._try_read(source)
         micro.sources[slot], micro.reads[slot] = source, read
         return read
 

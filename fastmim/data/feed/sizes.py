@@ -9,6 +9,7 @@ control group of this process (a container's, a job's) if that is less.
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -56,7 +57,7 @@ def look_at_sizes(
     where = cache_device(config, device)
     room, copies = room_for(where)
     sizes_N2, taken = np.zeros((len(images), 2), np.int64), 0
-    headers = in_order(lambda image_id: _header(images, image_id), range(len(images)), config.num_threads())
+    headers = in_order(partial(_header, images, config.max_pixels), range(len(images)), config.num_threads())
     for image_id, size in enumerate(bar(headers, len(images), "headers", quiet=quiet)):
         sizes_N2[image_id] = size
         taken += size[0] * size[1] * channels * copies
@@ -72,8 +73,8 @@ def look_at_sizes(
     return Sizes(sizes_N2, channels)
 
 
-def _header(images: Images, image_id: int) -> tuple[int, int]:
-    read = try_read(images, image_id)
+def _header(images: Images, max_pixels: int, image_id: int) -> tuple[int, int]:
+    read = try_read(images, image_id, max_pixels)
     return (0, 0) if isinstance(read, str) else read[1]
 
 

@@ -1,24 +1,27 @@
 """Every image of a source decoded whole by the decoder that trains, in the order of its ids."""
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 
 from torch import Tensor
 
 from fastmim.data.decode.contract import Decoder, Rejected, Request
+from fastmim.data.decode.header import MAX_PIXELS
 from fastmim.data.feed.bad import try_read
 from fastmim.data.sources.images import Images
 from fastmim.data.sources.scan import in_order
 
 
 def decode_all(
-    decoder: Decoder, images: Images, *, chunk: int, threads: int
+    decoder: Decoder, images: Images, *, chunk: int, threads: int, max_pixels: int = MAX_PIXELS
 ) -> Iterator[tuple[int, Tensor | str]]:
     """Sample ids and uint8 `[H, W, C]`, or why there is none; `decoder` has no crops and depth 1.
 
     As many as `chunk`, the decoder's batch, are in memory at once.
     """
-    reads = enumerate(in_order(lambda image_id: try_read(images, image_id), range(len(images)), threads))
+    read_one = partial(try_read, images, max_pixels=max_pixels)
+    reads = enumerate(in_order(read_one, range(len(images)), threads))
     while reading := dict(islice(reads, chunk)):
         found: dict[int, Tensor | str] = {i: read for i, read in reading.items() if isinstance(read, str)}
         waiting = {i: read[0] for i, read in reading.items() if not isinstance(read, str)}

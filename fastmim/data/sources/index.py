@@ -145,16 +145,68 @@ def _key(path: Path) -> str:
 def load(path: Path, kind: str) -> Index | None:
     """The kept index of the set at `path`, or None; whether its stamps are still right is for the caller."""
     try:
-        header, arrays = unpack(index_file(path).read_bytes())
-    except (OSError, ValueError):
+        file = index_file(path)
+        if not is_own(file):
+            return None
+        return read_index(file.read_bytes(), path, kind)
+    except Exception:  # whatever a file that is none makes of itself: the index is made anew
         return None
+
+
+def is_own(path: Path) -> bool:
+    """Whether a file or folder is of this user, or of root, and not for everybody to write to."""
+    status = os.lstat(path)
+    owner = status.st_uid in (os.getuid(), 0)
+    return owner and not status.st_mode & 0o002 and not stat.S_ISLNK(status.st_mode)
+
+
+def read_index(data: bytes, path: Path, kind: str) -> Index | None:
+    """The index of the set at `path`; None if it is of another set or version. Any error if it is damaged."""
+    header, arrays = unpack(data)
     if header.get("path") != _key(path) or header.get("kind") != kind or header.get("rules") != RULES:
         return None
     names, parts = (Names(arrays.pop(f"{k}.blob").data, arrays.pop(f"{k}.ends")) for k in ("names", "parts"))
     stamps = Stamps(parts, arrays.pop("stamps"))
     labels = arrays.pop("labels").copy() if "labels" in arrays else None  # torch wants memory to write to
     left_out = LeftOut(header["left_out"])
-    return Index(kind, names, tuple(header["classes"]), labels, stamps, arrays, left_out)
+    index = Index(kind, names, tuple(header["classes"]), labels, stamps, arrays, left_out)
+    check_index(index)
+    return index
+
+
+def check_index(index: Index) -> None:
+    """ValueError for an index that does not hold together, or names what its set cannot have."""
+    n = len(index.names)
+    for strings in (index.names, index.stamps.parts):
+        check_names(strings, inside=index.kind != "list" or strings is not index.names)
+    if index.stamps.values.shape != (len(index.stamps.parts), 2):
+        raise ValueError("stamps of another number of parts")
+    if index.labels is not None:
+        check_labels(index.labels, n, len(index.classes))
+    if not all(isinstance(name, str) for name in index.classes):
+        raise ValueError("classes that are no names")
+
+
+def check_names(strings: Names, *, inside: bool) -> None:
+    """ValueError for ends that do not ascend to the last byte, and paths that lead out of their folder."""
+    ends = strings.ends
+    if ends.ndim != 1 or ends.dtype != np.int64 or np.any(np.diff(ends, prepend=0) < 0):
+        raise ValueError("names that do not follow one another")
+    if (int(ends[-1]) if len(ends) else 0) != len(strings.blob):
+        raise ValueError("names of other lengths")
+    if not inside or not len(strings.blob):
+        return
+    letters, starts = np.frombuffer(strings.blob, np.uint8), np.concatenate(([0], ends[:-1]))
+    absolute = (letters[starts[starts < ends]] == ord("/")).any()  # of a million names, none is made a string
+    if absolute or (b".." in bytes(strings.blob) and any(".." in name.split("/") for name in strings)):
+        raise ValueError("a name that leads out of its folder")
+
+
+def check_labels(labels: np.ndarray, images: int, classes: int) -> None:
+    if labels.shape != (images,) or labels.dtype != np.int32:
+        raise ValueError("labels of another number of images")
+    if images and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError("labels of no class")
 
 
 def save(path: Path, index: Index, read_ns: int) -> bool:
@@ -180,7 +232,7 @@ def save(path: Path, index: Index, read_ns: int) -> bool:
     try:
         file = index_file(path)
         place = str(file.parent)
-        file.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         remove_remains(file.parent, older_s=STALE_S)
         write_whole(file, pack(header, arrays))
     except OSError as error:

@@ -6,6 +6,7 @@ Made in a folder beside, by one child process per core, then renamed: there is n
 scenes.py by its path: they import neither torch nor the caller's __main__.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -19,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastmim.data.sources import scenes
-from fastmim.data.sources.index import cache_folder
+from fastmim.data.sources.index import cache_folder, is_own
 from fastmim.data.sources.scenes import CLASSES, COUNTS, SEED, VERSION
 
 STALE_S = 3600.0  # a temporary folder this old belongs to nobody
@@ -35,6 +36,8 @@ def sample_set(folder: Path | None = None) -> Path:
     made = root / VERSION
     try:
         if _whole(made):
+            if not is_own(made):
+                raise PermissionError(errno.EPERM, f"{made} is another user's, or others may write to it")
             return made
         root.mkdir(parents=True, exist_ok=True)
         with _lock(root / f".{VERSION}.lock"):

@@ -10,6 +10,7 @@ from PIL import Image
 from fastmim.data.decode.bad_image import BadImage
 from fastmim.data.decode.pixels import decode
 from fastmim.data.sources.images import Images
+from fastmim.data.sources.patience import DiskError, patiently
 
 T = TypeVar("T")
 AHEAD = 4  # images in work per thread
@@ -18,7 +19,9 @@ AHEAD = 4  # images in work per thread
 def read_image(images: Images, sample_id: int, *, deep: bool = False) -> tuple[bytes, Image.Image]:
     """The bytes of a sample and what `pixels.decode` makes of them. BadImage, which says why, if nothing."""
     try:
-        data = images.read(sample_id)
+        data = patiently(lambda: images.read(sample_id), images.root / images.names[sample_id])
+    except DiskError:
+        raise
     except OSError as error:
         raise BadImage(f"{type(error).__name__}: {error.strerror}") from None
     return data, decode(data, deep=deep)

@@ -32,7 +32,7 @@ import numpy as np
 from fastmim.data.decode.header import EXTENSIONS
 from fastmim.data.sources.folder import OF_SYSTEMS
 from fastmim.data.sources.images import Images, check_fetched, distinct, labels_by_folder, labels_of, no_image
-from fastmim.data.sources.index import Index, Names, fresh, pack, save, unpack
+from fastmim.data.sources.index import Index, Names, check_names, fresh, pack, save, unpack
 from fastmim.data.sources.left_out import LeftOut
 
 BLOCK = tarfile.BLOCKSIZE
@@ -128,13 +128,29 @@ def _shard(path: Path) -> Shard:
         header, arrays = unpack(path.with_name(f"{path.name}.index").read_bytes())
         if header.get("kind") == "shard" and header.get("size") == path.stat().st_size:
             names, labels = (
-                list(Names(arrays.pop(f"{k}.blob").data, arrays.pop(f"{k}.ends")))
-                for k in ("names", "labels")
+                Names(arrays.pop(f"{k}.blob").data, arrays.pop(f"{k}.ends")) for k in ("names", "labels")
             )
-            return names, labels, arrays, LeftOut()  # it is of our making: there is nothing else in it
-    except (OSError, ValueError):
-        pass  # none, or not of this shard: the shard itself says
+            check_names(names, inside=True)
+            check_names(labels, inside=False)
+            check_places(arrays, len(names), len(labels), header["size"])
+            return list(names), list(labels), arrays, LeftOut()  # of our making: there is nothing else in it
+    except Exception:  # none, damaged or not of this shard: the shard itself says
+        pass
     return index_shard(path)
+
+
+def check_places(arrays: dict[str, np.ndarray], names: int, labels: int, size: int) -> None:
+    """ValueError for places that are not in a shard of `size` bytes, or of another number of images."""
+    if labels != names or arrays.keys() != PLACES.keys():
+        raise ValueError("an index of other columns")
+    for name, dtype in PLACES.items():
+        if arrays[name].shape != (names,) or arrays[name].dtype != dtype:
+            raise ValueError("an index of another number of images")
+    offset, length = arrays["offset"], arrays["size"]
+    if names and (offset.min() < BLOCK or length.min() < 0 or length.max() > size):
+        raise ValueError("places outside of the shard")
+    if names and (offset > size - length).any():
+        raise ValueError("places outside of the shard")
 
 
 def index_shard(path: Path) -> Shard:
