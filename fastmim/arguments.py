@@ -43,7 +43,7 @@ VARIANT_HELP = "Another row of the method's tables. " + "; ".join(
     for name, method in {**METHODS, **TRANSFERS}.items()
     if method.variants
 )
-ONE_START = {"resume", "allow-changes", "print-config"}  # flags that say nothing of the run
+ONE_START = {"resume", "resume-step", "allow-changes", "print-config"}  # flags that say nothing of the run
 
 
 @dataclass(frozen=True, kw_only=True)

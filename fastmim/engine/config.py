@@ -69,6 +69,8 @@ class Run:
     resume: bool = False
     """Continue the run in --run-dir from its newest whole checkpoint, with its saved configuration. --epochs
     or --steps make it longer: the schedule is from then on that of a run of the new length"""
+    resume_step: int | None = None
+    """With --resume: the checkpoint of this step, which must be there, instead of the newest"""
     allow_changes: tuple[str, ...] = ()
     """With --resume: facts of the run that may differ from the checkpoint's, by the names the error gives"""
     init_from: Path | None = None
@@ -102,6 +104,8 @@ class Run:
             raise ValueError(f"epochs: want more than 0, got {self.epochs}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed: want 0 to 2^63 - 1, got {self.seed}")
+        if self.resume_step is not None and not self.resume:
+            raise ValueError(f"resume-step: of use with --resume only, got {self.resume_step}")
         if self.allow_changes and not self.resume:
             raise ValueError(f"allow-changes: of use with --resume only, got {' '.join(self.allow_changes)}")
 

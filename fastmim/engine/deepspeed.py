@@ -3,6 +3,7 @@
 import glob
 import logging
 import os
+import socket
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from fastmim.methods.base import Method
 from fastmim.optim import OPTIMIZERS
 from fastmim.optim.groups import parameter_groups
 
+LOOPBACK = ("127.0.0.1", "localhost")
 # what DeepSpeed 0.19.8 saves beside tensors: none of it is code
 PLAIN = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
@@ -68,13 +70,39 @@ def meet(device: torch.device | None) -> None:
         dist.init_process_group(**how, store=dist.HashStore(), rank=0, world_size=1)
         return
     try:
+        how |= {"store": loopback_store()} if is_one_node() else {}
+        if "store" in how:
+            how |= {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
         dist.init_process_group(**how, timeout=COLLECTIVE_TIMEOUT)
-    except dist.DistNetworkError as error:
+    except (dist.DistNetworkError, OSError) as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ValueError(
             f"ranks: cannot meet at {place}; does another run use it? Give deepspeed another --master_port "
             f"({str(error).splitlines()[0]})"
         ) from error
+
+
+def is_one_node() -> bool:
+    """Whether all ranks are on this node, and DeepSpeed's launcher said that they meet there."""
+    local = os.environ.get("LOCAL_SIZE")
+    return local == os.environ["WORLD_SIZE"] and os.environ.get("MASTER_ADDR") in LOOPBACK
+
+
+def loopback_store() -> dist.TCPStore:
+    """The store of one node's ranks, which no other machine can reach: torch's own listens on all interfaces.
+
+    OSError where the port is taken.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if "lo" in dict((name, i) for i, name in socket.if_nameindex()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    options: dict[str, Any] = {"world_size": int(os.environ["WORLD_SIZE"]), "timeout": COLLECTIVE_TIMEOUT}
+    if os.environ["RANK"] != "0":
+        return dist.TCPStore(host, port, is_master=False, **options)
+    listening = socket.create_server((host, port))
+    return dist.TCPStore(
+        host, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach(), **options
+    )
 
 
 def leave_process_group() -> None:

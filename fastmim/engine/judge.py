@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 IN_A_ROW = 3  # steps that are not finite and end the run
 WINDOW, SHARE = 100, 0.1
 
@@ -53,6 +55,14 @@ def after(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
         "No checkpoint was made of it: the last one is from before. nonfinite.jsonl names the samples. Try a "
         "lower --optim.blr, --optim.clip 1, or --precision fp32"
     )
+
+
+def require_finite(state: Mapping[str, Tensor]) -> None:
+    """NonFinite, with the names, for weights that are not to be published."""
+    bad = [name for name, x in state.items() if x.is_floating_point() and not x.isfinite().all()]
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise NonFinite(f"weights are not finite, nothing was exported: {', '.join(bad[:3])}{more}")
 
 
 def strict(row: Mapping[str, Any]) -> dict[str, Any]:

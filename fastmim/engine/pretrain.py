@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fastmim.data import (
@@ -42,10 +41,11 @@ from fastmim.engine.deepspeed import start_process_group, whole_state, wrap
 from fastmim.engine.doctor import versions
 from fastmim.engine.extension import build_fused_adam
 from fastmim.engine.frozen import check_files, facts_of_frozen, place_frozen
-from fastmim.engine.judge import NonFinite
+from fastmim.engine.judge import NonFinite, require_finite
 from fastmim.engine.lock import RunLock
 from fastmim.engine.loop import train_loop
 from fastmim.engine.metrics import Metrics, Stopwatch
+from fastmim.engine.one_run import require_one_run
 from fastmim.engine.pictures import draw_loss, draw_reconstruction
 from fastmim.engine.probe import Probe, probed_images
 from fastmim.engine.ranks import RankError, Ranks
@@ -73,7 +73,7 @@ from fastmim.interop.mae import (
     words_on_weights,
 )
 from fastmim.interop.metadata import architecture_of, encoder_metadata
-from fastmim.interop.weights_file import read_weights
+from fastmim.interop.weights_file import read_weights, write_weights
 from fastmim.methods.base import Method
 from fastmim.optim import check_optimizer
 from fastmim.views import Batch, augmented
@@ -177,6 +177,7 @@ def prepare(run: Run) -> Prepared:
     if probed is not None and not hasattr(method, "encoder"):
         raise ValueError(f"probe.data: want a method that trains an encoder, got {run.method.name}")
     facts = run_facts(run, plan, images) | facts_of_frozen(method)
+    require_one_run(ranks, facts)
     durable.seal({"facts": facts, "run": as_dict(run)})  # what JSON cannot hold is refused now, not by a save
     need_bytes = checkpoint_bytes(method, run, plan)
     ranks.from_main(lambda: check_room(place_of(run), need_bytes), "looking for room for a checkpoint")
@@ -222,6 +223,7 @@ def train(p: Prepared, *, arguments: list[str] | None = None) -> None:
             with Watchdog(p.run_dir, ranks, p.run.timeout) as watchdog:
                 train_steps(p, engine, groups, teacher, batches, start_step, validation, watchdog)
             state = whole_state(engine, teacher.values())
+            require_finite(state)
             if ranks.is_main:
                 write_results(p.run, p.run_dir, state, next(batches))
                 if validation is not None and (words := validation.summary()):
@@ -330,7 +332,7 @@ def find_checkpoint(
     """
     if not run.resume:
         return None, []
-    found = checkpoints.find()
+    found = checkpoints.find() if run.resume_step is None else checkpoints.at(run.resume_step)
     if found is None:
         raise CheckpointError(f"resume: there is no checkpoint in {checkpoints.folder}")
     accepted = checkpoints.ranks.broadcast(saved_fingerprint(run_dir)) == fingerprint(facts)
@@ -468,12 +470,12 @@ def write_results(run: Run, run_dir: Path, state: dict[str, Tensor], batch: Batc
     metadata = {"format": "pt"}
     if hasattr(method, "encoder"):
         metadata = encoder_metadata(run.model, architecture_of(method.encoder))
-        save_file(to_timm(state), run_dir / "encoder.safetensors", metadata=metadata)
-    save_file(to_file(state), run_dir / "model.safetensors", metadata=metadata)
+        write_weights(to_timm(state), run_dir / "encoder.safetensors", metadata)
+    write_weights(to_file(state), run_dir / "model.safetensors", metadata)
     draw_loss(run_dir / "metrics.jsonl", run_dir / "loss.png")
     method.load_state_dict(state)
     for name, (tensors, about) in method.exports().items():
-        save_file(tensors, run_dir / name, metadata=about)
+        write_weights(tensors, run_dir / name, about)
     place_frozen(method, batch.seeds_B.device)
     picture = method.to(batch.seeds_B.device).eval().reconstruct(batch)
     if picture is not None:

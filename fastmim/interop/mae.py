@@ -20,10 +20,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from fastmim.interop.weights_file import read_weights
+from fastmim.interop.weights_file import read_weights, write_weights
 
 ENCODER, DECODER, DECODER2 = "encoder.", "decoder.", "decoder2."
 BARE = {  # the first words of MAE's names, and of timm's Beit and Swin
@@ -147,7 +146,7 @@ def export_mae(source: Path, target: Path) -> None:
     flat = read_weights(source, "export")
     kept = only_mae(flat)
     if target.suffix == ".safetensors":
-        save_file(kept, target)
+        write_weights(kept, target, {})
     elif target.suffix in (".pth", ".pt"):
         torch.save({"model": kept}, target)
     else:

@@ -14,11 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fastmim.interop.mae import ENCODER, bare_part
-from fastmim.interop.weights_file import read_weights
+from fastmim.interop.weights_file import read_weights, write_weights
 
 SHARED = "rel_pos_bias.relative_position_bias_table"
 CLASSIFIER = ("fc_norm.", "head.")
@@ -53,7 +52,7 @@ def export_timm(source: Path, target: Path) -> None:
     if not state:
         raise ValueError(f"export: want the weights of an encoder, got none in {source}")
     if target.suffix == ".safetensors":
-        save_file(state, target)
+        write_weights(state, target, {})
     elif target.suffix in (".pth", ".pt"):
         torch.save(state, target)
     else:

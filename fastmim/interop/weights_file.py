@@ -10,15 +10,16 @@ Pickles   Read by torch's own reader, which makes tensors and nothing else. What
 """
 
 import argparse
+import os
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastmim.interop.layouts import under_our_names
@@ -58,6 +59,19 @@ def read_weights(path: Path, what: str = "init-from") -> dict[str, Tensor]:
             f"{what}: {path} cannot be read as weights, or holds more than tensors: {one_line(error)}"
         ) from None
     return under_our_names(without_prefixes(tensors_of(content, f"{what}: {path}")))
+
+
+def write_weights(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """A safetensors file, whole or not there, with the mode that the umask gives to all others."""
+    new = path.with_name(f".{path.name}.new")
+    new.unlink(missing_ok=True)
+    new.touch()
+    mode = new.stat().st_mode
+    save_file(dict(tensors), new, dict(metadata))  # which puts a file of mode 0600 in the place
+    os.chmod(new, mode)
+    with new.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(new, path)
 
 
 def load_torch(path: Path) -> Any:
