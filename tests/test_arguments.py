@@ -209,7 +209,7 @@ def test_shortened_flags_are_none(capsys):
         (["--recipe", "cifar"], "got 'cifar'; did you mean cifar10?"),
         (["--model.image-size", "100"], "model.image-size: want multiples of the patch, 8, got 100 x 100"),
         (["--method.mask-ratio", "1.5"], "method.mask-ratio: want a ratio between 0 and 1, got 1.5"),
-        (["--data.threads", "0"], "want data.threads >= 1, got 0"),
+        (["--data.threads", "0"], "data.threads: want 1 to 1024, got 0"),
         (["--allow-changes", "seed"], "allow-changes: of use with --resume only, got seed"),
         (["--data.path="], "data.path: want a path, got nothing"),
         (["--batch", "0"], "batch: want at least 1, got 0"),

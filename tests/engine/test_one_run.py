@@ -49,9 +49,7 @@ def test_another_fact_another_torch_and_another_launch_are_named(monkeypatch):
         require_one_run(met(monkeypatch, lambda f, h, p: (mine, h, p)), FACTS)
     with pytest.raises(RankError, match=r"torch: rank 0 has .*, rank 1 has 1.0$"):
         require_one_run(met(monkeypatch, lambda f, h, p: (f | {"torch": "1.0"}, h, p)), FACTS)
-    with pytest.raises(
-        RankError, match="has ranks of several launches .* that met on one port"
-    ):
+    with pytest.raises(RankError, match="has ranks of several launches .* that met on one port"):
         require_one_run(met(monkeypatch, lambda f, h, p: (f, h, p + 1)), FACTS)
 
 

@@ -12,13 +12,16 @@ import pytest
 from fastmim import train as command
 from fastmim.engine import pretrain, run_dir
 from fastmim.engine.checkpoint import CheckpointError
+from fastmim.engine.lock import LOCK
 from fastmim.engine.pretrain import NotLoaded, prepare, train
 from fastmim.engine.run_dir import check_room, check_run_dir, claimed, write_configuration
 from tests.engine.conftest import TINY, tiny_run, write_images
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Of all files but the lock, which says who had it last."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != LOCK]
+    return {str(path): path.read_bytes() for path in paths}
 
 
 def refusal(arguments: list[str], capsys) -> tuple[int, str]:
