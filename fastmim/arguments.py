@@ -206,7 +206,8 @@ def saved_start(run_dir: Path) -> tuple[list[str], Path | None]:
     try:
         content = json.loads(path.read_text())
         arguments, was_in = content["arguments"], content.get("run_dir")
-        if not isinstance(arguments, list | None):
+        words = arguments if isinstance(arguments, list) else [] if arguments is None else [None]
+        if not all(isinstance(word, str) for word in words) or not isinstance(was_in, str | None):
             raise TypeError
     except OSError as error:
         raise ValueError(f"resume: {path} cannot be read: {error.strerror}") from None

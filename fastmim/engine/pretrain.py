@@ -472,7 +472,10 @@ def write_results(run: Run, run_dir: Path, state: dict[str, Tensor], batch: Batc
         metadata = encoder_metadata(run.model, architecture_of(method.encoder))
         write_weights(to_timm(state), run_dir / "encoder.safetensors", metadata)
     write_weights(to_file(state), run_dir / "model.safetensors", metadata)
-    draw_loss(run_dir / "metrics.jsonl", run_dir / "loss.png")
+    try:
+        draw_loss(run_dir / "metrics.jsonl", run_dir / "loss.png")
+    except ValueError as error:  # rows are lost: the weights are not
+        print(f"{'note':>8}  no loss.png: {error}", flush=True)
     method.load_state_dict(state)
     for name, (tensors, about) in method.exports().items():
         write_weights(tensors, run_dir / name, about)
