@@ -8,12 +8,13 @@ CUDA_VENV := .venv-cuda
 CUDA_READY := $(CUDA_VENV)/.ready
 ARGS ?=
 
-.PHONY: help setup train test test-long fuzz-files bench null-gpu compile-ahead mutants lint format golden pins clean
+.PHONY: help setup train test test-long faults fuzz-files bench null-gpu compile-ahead mutants lint format golden pins clean
 
 help:
 	@echo "make train   install into $(VENV) and train R-MAE on the embedded sample set (ARGS='--steps 50' adds flags)"
 	@echo "make test    install into $(VENV) and run all tests (ARGS='-k rmae' selects, ARGS='-n 0 -s' shows what they print)"
 	@echo "make test-long  the tests that take minutes each: teachers on four ranks, more kills, more launches"
+	@echo "make faults  kills, signals, damaged files and numbers put into real runs, one table (hours; ARGS='signals --tries 16')"
 	@echo "make fuzz-files  2,000 broken images of 21 kinds through both decoders (ARGS='--seed 1 --count 9000')"
 	@echo "make bench   everything that is measured on a GPU, in ten minutes (ARGS='--quick' in 5, ARGS='--rehearse' on a CPU)"
 	@echo "make null-gpu  the host side of GPU runs on a CUDA device that runs nothing (ARGS='--record' pins its counts anew)"
@@ -50,6 +51,9 @@ test: alive
 
 test-long: alive
 	$(BIN)/python -m pytest -n 0 -m long $(ARGS)
+
+faults: alive
+	$(BIN)/python -m tests.faults $(ARGS)
 
 fuzz-files: alive
 	$(BIN)/python -m tests.data.fuzz_files $(ARGS)
