@@ -197,10 +197,8 @@ def main() -> int:
             (Path(folder) / name).mkdir()
             tried = work(pictures, Path(folder) / name, args.tries or promised, random.Random(args.seed))
         row = {"fault": name, **vars(tried)}
-        print(
-            f"{name:<9} {tried.tries:>6} {tried.survived:>9} {tried.seconds:>10.1f} {tried.lost:>5}  {tried.what}"
-        )
-        sys.stdout.flush()
+        figures = f"{tried.tries:>6} {tried.survived:>9} {tried.seconds:>10.1f} {tried.lost:>5}"
+        print(f"{name:<9} {figures}  {tried.what}", flush=True)
         with args.results.open("a") as file:
             file.write(json.dumps(row | environment()) + "\n")
         lost += tried.lost
