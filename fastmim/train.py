@@ -76,6 +76,7 @@ def start(arguments: Sequence[str] | None) -> None:
 
     from fastmim.engine import pretrain  # imports DeepSpeed: seconds that --help need not take
     from fastmim.engine.deepspeed import leave_process_group
+    from fastmim.engine.memory import is_out_of_memory, words_on_memory
     from fastmim.engine.ranks import lost_a_rank
 
     try:
@@ -94,7 +95,10 @@ def start(arguments: Sequence[str] | None) -> None:
         if isinstance(error, pretrain.SHARED_ENDINGS):
             leave_process_group()
         stop(error, 1, say=True)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            print(f"fastmim: error: {words_on_memory(prepared.run, prepared.plan)}", file=sys.stderr)
+            leave_at_once(1)
         if not lost_a_rank(error):
             raise
         rank = os.environ.get("RANK", "0")

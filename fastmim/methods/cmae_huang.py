@@ -29,7 +29,7 @@ from fastmim.methods.base import About, Method, MethodConfig, Output, Reconstruc
 from fastmim.methods.contrast import Keys, compare_tokens
 from fastmim.methods.health import collapse, health
 from fastmim.methods.losses import pixel_loss
-from fastmim.methods.masking import check_ratio, num_seen_checked
+from fastmim.methods.masking import check_patches, check_ratio, num_seen_checked
 from fastmim.methods.targets import teacher_of
 from fastmim.methods.variants import Variant
 from fastmim.methods.work import Linear, Stack, Work, head_work
@@ -226,6 +226,7 @@ def checked_num_seen(config: CMAEHuangConfig, model: ViTConfig) -> int:
     """Visible patches; ValueError where none is visible or hidden, or cells do not fit the grid."""
     if config.mask == "uniform":
         return num_seen_checked("method.mask-ratio", model.num_patches, config.mask_ratio)
+    check_patches(model.num_patches)
     rows, columns = model.grid
     if rows % GROUP or columns % GROUP:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import torch
 from fastmim_kernels import num_seen
+from fastmim_kernels.split_patches import MAX_N as MAX_PATCHES
 from torch import Tensor
 
 from fastmim.models.vit import ViTConfig
@@ -14,7 +15,11 @@ def check_ratio(name: str, ratio: float) -> None:
 
 
 def num_seen_checked(name: str, num_patches: int, ratio: float) -> int:
-    """Patches left visible when `ratio` of them is hidden; a ValueError if none is seen or none hidden."""
+    """Patches left visible when `ratio` of them is hidden; a ValueError if none is seen or none hidden.
+
+    Also for more patches than a mask is drawn of.
+    """
+    check_patches(num_patches)
     try:
         seen = num_seen(num_patches, ratio)
     except ValueError as error:
@@ -22,6 +27,15 @@ def num_seen_checked(name: str, num_patches: int, ratio: float) -> int:
     if seen == num_patches:
         raise ValueError(f"{name}: {ratio} of {num_patches} patches hides none")
     return seen
+
+
+def check_patches(num_patches: int) -> None:
+    """ValueError where a mask cannot be drawn: one program of the kernel holds a whole image's."""
+    if num_patches > MAX_PATCHES:
+        raise ValueError(
+            f"model.image-size, model.patch: masks are drawn of at most {MAX_PATCHES} patches, got "
+            f"{num_patches}"
+        )
 
 
 # --- masks that hide another number of patches of each image ------------------------------------------
@@ -47,6 +61,7 @@ def hidden_count(name: str, model: ViTConfig, ratio: float) -> int:
 
     ValueError, naming the flag, where that is none or all, or where no block fits.
     """
+    check_patches(model.num_patches)
     hidden = round(model.num_patches * ratio)
     if min(model.grid) < 2 or not 0 < hidden < model.num_patches:
         rows, columns = model.grid

@@ -186,3 +186,10 @@ def test_metadata_says_the_configuration_again():
     for config in (MODEL, ViTConfig(width=64, depth=2, heads=4, layer_scale=1e-5, final_norm=False)):
         metadata = json.loads(json.dumps(encoder_metadata(config)))
         assert encoder_metadata(config_of(metadata)) == metadata
+
+
+@pytest.mark.parametrize("method", ["mae", "rmae", "cmae", "cmae_huang", "beit", "data2vec", "cae"])
+def test_more_patches_than_a_mask_is_drawn_of(method):
+    model = ViTConfig(width=16, depth=1, heads=2, patch=4, image_size=264)
+    with pytest.raises(ValueError, match="model.image-size, model.patch: masks are drawn of at most 4096"):
+        METHODS[method]().build(model)
