@@ -24,6 +24,7 @@ from pathlib import Path
 
 GRACE_S = 55.0  # to save, after which nothing of a run is left
 POLL_S = 0.5
+NAME = "launcher"  # of the thread: there is one
 
 
 def watch_launcher(ask: Callable[[str], None], listening: Callable[[], bool]) -> None:
@@ -31,12 +32,13 @@ def watch_launcher(ask: Callable[[str], None], listening: Callable[[], bool]) ->
 
     `ask` is told why to stop; where `listening` is false the process ends at once.
     """
-    if "LOCAL_RANK" not in os.environ:
+    watched = any(thread.name == NAME for thread in threading.enumerate())
+    if watched or not {"LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys():
         return
     parent = os.getppid()
     runner = runner_above(parent)
     watch = threading.Thread(
-        target=wait_and_end, args=(parent, runner, ask, listening), name="launcher", daemon=True
+        target=wait_and_end, args=(parent, runner, ask, listening), name=NAME, daemon=True
     )
     watch.start()
 

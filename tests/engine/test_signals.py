@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from fastmim.engine import lock
 from fastmim.engine.checkpoint import Checkpoints
+from fastmim.engine.launcher import watch_launcher
 from fastmim.engine.lock import InUse, RunLock
 from fastmim.engine.pretrain import prepare, train
 from fastmim.engine.ranks import Ranks
@@ -186,3 +188,17 @@ def test_output_that_nobody_reads_any_more_ends_nothing(images, tmp_path):
         assert run.end(SAVES)[0] == STOPPED, run.text()
     finally:
         run.kill()
+
+
+def test_only_a_process_that_a_launcher_started_watches_one(monkeypatch):
+    started = []
+    monkeypatch.setattr(threading.Thread, "start", lambda self: started.append(self.name))
+    for name in ("LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    watch_launcher(print, bool)
+    monkeypatch.setenv("LOCAL_RANK", "0")  # which the engine sets for one process
+    watch_launcher(print, bool)
+    assert started == []
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    watch_launcher(print, bool)
+    assert started == ["launcher"]
