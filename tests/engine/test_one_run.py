@@ -43,9 +43,9 @@ def test_ranks_of_one_run_go_on(monkeypatch):
 def test_another_fact_another_torch_and_another_launch_are_named(monkeypatch):
     with pytest.raises(RankError, match=r"optim.lr: rank 0 has 0.1, rank 1 has 0.2$"):
         require_one_run(met(monkeypatch, lambda f, h, p: (f | {"optim.lr": "0.2"}, h, p)), FACTS)
+    without = {name: FACTS[name] for name in ("optim", "batch")}
+    mine = {"torch": torch.__version__, **one_run.flat(without)}
     with pytest.raises(RankError, match=r"data.fingerprint: rank 0 has abc, rank 1 has nothing$"):
-        without = {name: FACTS[name] for name in ("optim", "batch")}
-        mine = {"torch": torch.__version__, **one_run.flat(without)}
         require_one_run(met(monkeypatch, lambda f, h, p: (mine, h, p)), FACTS)
     with pytest.raises(RankError, match=r"torch: rank 0 has .*, rank 1 has 1.0$"):
         require_one_run(met(monkeypatch, lambda f, h, p: (f | {"torch": "1.0"}, h, p)), FACTS)
