@@ -44,8 +44,9 @@ class Launched:
         said = run_dir.with_name(f"{run_dir.name}.said")
         with said.open("w") as file:
             child = subprocess.Popen(
-                command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, **options
-            )
+                command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+                preexec_fn=heed_signals, **options,
+            )  # fmt: skip
         return cls(run_dir, child, said)
 
     def wait_for_steps(self, more: int = 3, seconds: float = 240) -> int:
@@ -107,6 +108,12 @@ class Launched:
     def saved(self) -> int:
         """The newest step that has a checkpoint; 0 without one."""
         return max((int(p.name[5:13]) for p in (self.run_dir / "checkpoints").glob("step-*")), default=0)
+
+
+def heed_signals() -> None:
+    """As a terminal starts a command: tests in the background, or under nohup, ignore some of them."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def words_of(pid: int) -> list[str]:
