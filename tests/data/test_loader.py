@@ -112,7 +112,7 @@ def test_the_order_must_be_of_these_images(folder, tmp_path):
 
 def test_config_refuses_and_shares_the_cores(monkeypatch):
     for wrong in ({"threads": 0}, {"prefetch": 0}, {"hw_decoder_load": 1.1}, {"max_bad_fraction": 1.5}):
-        with pytest.raises(ValueError, match=f"data.{next(iter(wrong))}"):
+        with pytest.raises(ValueError, match=f"data.{next(iter(wrong)).replace('_', '-')}"):
             DataConfig(**wrong)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(12)))
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):

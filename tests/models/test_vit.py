@@ -150,7 +150,7 @@ def test_token_sources_put_every_row_where_it_was_seen():
         ({"image_size": 230}, "model.image-size: want multiples of the patch, 16, got 230 x 230"),
         ({"image_size": (224, 100)}, "got 224 x 100"),
         ({"heads": 5}, "model.width: want a multiple of heads = 5"),
-        ({"depth": 0}, "model.depth: want at least 1, got 0"),
+        ({"depth": 0}, "model.depth: want 1 to 1024, got 0"),
         ({"channels": 4}, "there is no default for 4 channels"),
         ({"mean": (0.5,)}, "want 3 values each"),
         ({"std": (0.2, 0.0, 0.2)}, "want values above 0"),

@@ -47,7 +47,7 @@ def test_no_apex_and_the_wrong_apex_are_told_apart(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"blr": -1.0}, "optim.blr: want 0 or more, got -1.0"),
+        ({"blr": -1.0}, "optim.blr: want 0 or more, and a number, got -1.0"),
         ({"betas": (0.9, 1.0)}, "optim.betas: want two numbers in"),
         ({"layer_decay": 0.0}, "optim.layer-decay: want a factor in"),
         ({"warmup_epochs": -3.0}, "optim.warmup-epochs: want 0 or more"),
